@@ -1,0 +1,121 @@
+"""Answers for what is built into an early-exit checkpoint: exit points, the kinds of their heads, the classifiers.
+
+Knows nothing of how a call of `generate` is set (that is `settings.py`) and holds no tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+
+from transformers import T5Config
+
+
+HEAD_KINDS = ("shared", "norm", "linear", "mlp")
+CLASSIFIER_KINDS = ("linear", "mlp")
+
+
+@dataclass(frozen=True)
+class ClassifierConfig:
+    """Shape of the exit classifiers.
+
+    Args:
+        kind: `"linear"`, hidden to 1, or `"mlp"`, hidden to `width`, ReLU, to 1.
+        shared: One classifier for all exit points, as in CALM, or one each.
+        width: Inner width of an `"mlp"`; the model's hidden size if None.
+        trained: Whether the weights mean anything. Whoever trains them sets it; an untrained one is refused.
+    """
+
+    kind: str = "linear"
+    shared: bool = True
+    width: int | None = None
+    trained: bool = False
+
+    def __post_init__(self):
+        if self.kind not in CLASSIFIER_KINDS:
+            raise ValueError(f"Classifier `kind` must be one of {CLASSIFIER_KINDS}, got {self.kind!r}.")
+        if self.width is not None and (not is_integer(self.width) or self.width < 1):
+            raise ValueError(f"Classifier `width` must be a positive integer or None, got {self.width!r}.")
+
+
+@dataclass(frozen=True)
+class EarlyExitConfig:
+    """The exit points of a checkpoint.
+
+    Args:
+        exit_layers: Layers with an exit point, as counts of layers run: 1 is after the first decoder layer. The last
+            layer is no exit point: every token that comes there leaves there. None: every layer but the last.
+        heads: The kind of head at the exit points, one for all or one per exit point. All start as the logit lens,
+            the model's own final norm and LM head on the middle state, and end in the LM head:
+            `"shared"` is the logit lens itself and has no weights; `"norm"` has its own final norm; `"linear"` adds
+            to that norm's output a linear map of it, `"mlp"` a two-layer perceptron of it, both starting at zero.
+        classifier: Shape of the exit classifiers (`ClassifierConfig`, or its fields as a dict), None for none.
+
+    Raises:
+        ValueError: A value is not legal; the message names it and what is.
+    """
+
+    exit_layers: Sequence[int] | None = None
+    heads: str | Sequence[str] = "shared"
+    classifier: ClassifierConfig | None = None
+
+    def __post_init__(self):
+        if isinstance(self.classifier, dict):
+            object.__setattr__(self, "classifier", ClassifierConfig(**known_fields(ClassifierConfig, self.classifier)))
+        if self.exit_layers is not None:
+            object.__setattr__(self, "exit_layers", tuple(self.exit_layers))
+            check_exit_layers(self.exit_layers)
+        if not isinstance(self.heads, str):
+            object.__setattr__(self, "heads", tuple(self.heads))
+        for kind in (self.heads,) if isinstance(self.heads, str) else self.heads:
+            if kind not in HEAD_KINDS:
+                raise ValueError(f"`heads` must be of the kinds {HEAD_KINDS}, got {kind!r}.")
+
+    def for_layers(self, num_layers: int) -> EarlyExitConfig:
+        """This configuration with everything spelled out for a decoder of `num_layers`, checked against it."""
+        layers = tuple(range(1, num_layers)) if self.exit_layers is None else self.exit_layers
+        if layers and layers[-1] >= num_layers:
+            raise ValueError(
+                f"`exit_layers` has {layers[-1]}, but the decoder has {num_layers} layers: an exit point is a layer "
+                f"from 1 to {num_layers - 1}, since the last layer is left anyway."
+            )
+        heads = (self.heads,) * len(layers) if isinstance(self.heads, str) else self.heads
+        if len(heads) != len(layers):
+            raise ValueError(f"`heads` names {len(heads)} kinds for {len(layers)} exit layers {list(layers)}.")
+        return EarlyExitConfig(layers, heads, self.classifier)
+
+    def to_dict(self) -> dict:
+        """As plain values that JSON can hold."""
+        values = asdict(self)
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+    @classmethod
+    def from_dict(cls, values: dict | None) -> EarlyExitConfig:
+        return cls(**known_fields(cls, values or {}))
+
+
+def check_exit_layers(layers: tuple) -> None:
+    if not all(is_integer(layer) and layer >= 1 for layer in layers):
+        raise ValueError(f"`exit_layers` must be integers from 1 (after the first layer) on, got {list(layers)}.")
+    if list(layers) != sorted(set(layers)):
+        raise ValueError(f"`exit_layers` must ascend without repetition, got {list(layers)}.")
+
+
+def is_integer(value) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def known_fields(cls: type, values: dict) -> dict:
+    """`values`, refused if one is no field of `cls`."""
+    names = [one.name for one in fields(cls)]
+    if unknown := sorted(set(values) - set(names)):
+        raise ValueError(f"{cls.__name__} has no {unknown}: it has {names}.")
+    return values
+
+
+class EarlyExitT5Config(T5Config):
+    """A `T5Config` with `early_exit`, the plain values of an `EarlyExitConfig`."""
+
+    model_type = "early_exit_t5"
+
+    early_exit: dict | None = None

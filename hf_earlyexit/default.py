@@ -1,0 +1,37 @@
+"""Answers for the checkpoint that ships with the package: where it lies, loading it, inputs to try it on.
+
+Nothing is downloaded. What it is, where its data come from and under which licence: `assets/t5-e2e/README.md`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from hf_earlyexit.config import EarlyExitConfig
+from hf_earlyexit.models import EarlyExitT5ForConditionalGeneration
+
+
+ASSETS = Path(__file__).parent / "assets"
+CHECKPOINT = ASSETS / "t5-e2e"
+
+
+def load_default(
+    early_exit: EarlyExitConfig | None = None,
+) -> tuple[EarlyExitT5ForConditionalGeneration, PreTrainedTokenizerBase]:
+    """The shipped model, in eval mode and fp32 on the CPU, and its tokenizer.
+
+    Its inputs are `describe: ` and the attributes of a restaurant, as in `default_inputs()`.
+
+    Args:
+        early_exit: Its exit points; all layers but the last if None.
+    """
+    model = EarlyExitT5ForConditionalGeneration.from_pretrained(CHECKPOINT, early_exit=early_exit, dtype=torch.float32)
+    return model.eval(), AutoTokenizer.from_pretrained(CHECKPOINT)
+
+
+def default_inputs() -> list[str]:
+    """Inputs that the shipped model has not been trained on: some of E2E NLG's validation set, prefix included."""
+    return (ASSETS / "inputs.txt").read_text(encoding="utf-8").splitlines()

@@ -1,0 +1,265 @@
+"""Answers for the `generate` drop-in: reads the exit settings, refuses what cannot be right, lets the library drive.
+
+Beams, sampling, streamers, processors, scores and stopping are the library's; this mixin hands its loops an
+`EarlyExitCache` and a run, and adds to what they return. Knows nothing of a family's insides.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, StoppingCriteriaList
+from transformers.generation import (
+    GenerateBeamEncoderDecoderOutput,
+    GenerateEncoderDecoderOutput,
+    GenerationMode,
+)
+
+from hf_earlyexit import attention
+from hf_earlyexit.cache import EarlyExitCache
+from hf_earlyexit.run import ExitRun, RecordingStoppingCriteria
+from hf_earlyexit.settings import ExitSettings
+
+
+MODES = (
+    GenerationMode.GREEDY_SEARCH,
+    GenerationMode.SAMPLE,
+    GenerationMode.BEAM_SEARCH,
+    GenerationMode.BEAM_SAMPLE,
+)
+_NOT_GIVEN: Any = object()
+
+
+@dataclass
+class EarlyExitGenerateOutput(GenerateEncoderDecoderOutput):
+    """What `generate` returns, with where the tokens left and the work that ran. T = new tokens of `sequences`.
+
+    Attributes:
+        layers_run: `[batch, T]`, layers that each new token ran: 1 to L, 0 where the row had ended.
+        exit_confidences: `[batch, T]`, fp32, the confidence each token left with; NaN where it ran all layers.
+        layer_rows: `[L]`, rows x positions that entered each block, counted at the call of the block.
+        filled_positions: `[L]`, debts paid: skipped positions whose keys and values were projected after all.
+        head_rows: `[L + 1]`, rows that met the vocabulary head after each layer; entry 0 is always 0.
+    """
+
+    layers_run: torch.LongTensor | None = None
+    exit_confidences: torch.FloatTensor | None = None
+    layer_rows: torch.LongTensor | None = None
+    filled_positions: torch.LongTensor | None = None
+    head_rows: torch.LongTensor | None = None
+
+
+@dataclass
+class EarlyExitGenerateBeamOutput(GenerateBeamEncoderDecoderOutput):
+    """`EarlyExitGenerateOutput` of a beam search; `layers_run` and `exit_confidences` follow the winning hypotheses."""
+
+    layers_run: torch.LongTensor | None = None
+    exit_confidences: torch.FloatTensor | None = None
+    layer_rows: torch.LongTensor | None = None
+    filled_positions: torch.LongTensor | None = None
+    head_rows: torch.LongTensor | None = None
+
+
+class EarlyExitGenerationMixin:
+    """`generate` with exits, for a class that has `early_exit`, `exit_heads` and `decoder_adapter`."""
+
+    def generate(
+        self,
+        *args,
+        early_exit: bool | None = None,
+        exit_criterion=None,
+        exit_threshold: float | None = _NOT_GIVEN,
+        exit_schedule=None,
+        exit_layer: int | None = None,
+        batch_exit: str | None = None,
+        fill: str | None = None,
+        **kwargs,
+    ):
+        """Generate as the library does, each token leaving the decoder as soon as the criterion is sure.
+
+        What is not given is taken from `generation_config`; without a criterion there, every token runs all layers.
+
+        Args:
+            early_exit: False: every token runs all layers, whatever else is set.
+            exit_criterion: `"softmax"`, `"max_prob"`, `"entropy"`, `"state"`, `"classifier"`, `"fixed"`, or an object
+                with `confidence(point) -> [rows]` (see `hf_earlyexit.policies`).
+            exit_threshold: A token leaves when its confidence is at least this. In [0, 1]; None: never.
+            exit_schedule: `"constant"`, `"calm"` (the paper's decay), `"calm_released"` (its code's), or
+                `{"name": ..., "tau": ...}`.
+            exit_layer: With `"fixed"`, the layer that every token leaves after.
+            batch_exit: `"row"`: every row leaves at its own layer. `"batch"`: all where the last row has passed.
+                `"batch_joint"`: all where all pass.
+            fill: `"lazy"`: keys and values of skipped layers are projected when first needed. `"eager"`: at once.
+            args, kwargs: As for the library's `generate`.
+
+        Returns:
+            As the library; with `return_dict_in_generate=True` an `EarlyExitGenerateOutput`.
+
+        Raises:
+            ValueError: A setting is not legal, or something else that was asked for does not go with early exit.
+        """
+        given = {
+            "early_exit": early_exit,
+            "exit_criterion": exit_criterion,
+            "exit_schedule": exit_schedule,
+            "exit_layer": exit_layer,
+            "batch_exit": batch_exit,
+            "fill": fill,
+        }
+        given = {name: value for name, value in given.items() if value is not None}
+        if exit_threshold is not _NOT_GIVEN:
+            given["exit_threshold"] = exit_threshold
+        passed = kwargs.get("generation_config", args[1] if len(args) > 1 else None)
+        settings = ExitSettings.merge(given, passed, self.generation_config)
+        settings.check_against(self.early_exit, self.config.num_decoder_layers)
+        if settings.early_exit:
+            _refuse(_not_supported_before_loading(kwargs))
+        return super().generate(*args, exit_settings=settings, **kwargs)
+
+    # --- hooks of the library's `generate`, in the order it calls them ----------------------------------------------
+
+    def _prepare_generation_config(self, generation_config: GenerationConfig | None, **kwargs):
+        settings: ExitSettings | None = kwargs.pop("exit_settings", None)
+        generation_config, model_kwargs = super()._prepare_generation_config(generation_config, **kwargs)
+        if settings is not None:
+            problems = _not_supported(self, generation_config, model_kwargs)
+            if settings.early_exit:
+                _refuse(problems)
+            generation_config._exit_settings = None if problems else settings
+        return generation_config, model_kwargs
+
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, generation_mode, batch_size, max_length):
+        settings: ExitSettings | None = getattr(generation_config, "_exit_settings", None)
+        if settings is None or generation_mode not in MODES:
+            return super()._prepare_cache_for_generation(
+                generation_config, model_kwargs, generation_mode, batch_size, max_length
+            )
+        states = model_kwargs["encoder_outputs"][0]
+        cache = self._cache_for(model_kwargs.get("past_key_values"), states, min(max_length, 128), settings.fill)
+        cache.attach_encoder(states, rows_per_prompt=max(1, len(states) // batch_size))
+        model_kwargs["past_key_values"] = cache
+        model_kwargs["exit_decoder"] = self.decoder_adapter(
+            self, cache, model_kwargs.get("attention_mask"), model_kwargs.get("decoder_attention_mask")
+        )
+        model_kwargs["exit_run"] = generation_config._exit_run = ExitRun(
+            settings,
+            settings.exit_points(self.early_exit, self.config.num_decoder_layers),
+            num_layers=self.config.num_decoder_layers,
+            batch_size=len(states),
+            max_length=generation_config.max_length,
+            device=states.device,
+        )
+
+    def _get_stopping_criteria(self, generation_config, *args, **kwargs) -> StoppingCriteriaList:
+        criteria = super()._get_stopping_criteria(generation_config, *args, **kwargs)
+        run: ExitRun | None = getattr(generation_config, "_exit_run", None)
+        # Without an end token the library goes on feeding real tokens to rows that a criterion has ended, and beams
+        # have no ended rows: then none may rest.
+        ends_rows = any(hasattr(criterion, "eos_token_id") for criterion in criteria)
+        if run is None or not ends_rows or generation_config.num_beams > 1:
+            return criteria
+        return RecordingStoppingCriteria(criteria, run)
+
+    def _sample(self, *args, **kwargs):
+        return _with_exits(super()._sample(*args, **kwargs), kwargs.get("exit_run"))
+
+    def _beam_search(self, *args, **kwargs):
+        return _with_exits(super()._beam_search(*args, **kwargs), kwargs.get("exit_run"))
+
+    # --- for the hooks ----------------------------------------------------------------------------------------------
+
+    def _cache_for(self, own: EarlyExitCache | None, states: torch.Tensor, capacity: int, fill: str) -> EarlyExitCache:
+        """A cache for a batch with these encoder states: the user's own if it fits, else a new one.
+
+        Raises:
+            ValueError: The user's own was made for another model, batch or mode, or is not empty.
+        """
+        config = self.config
+        shape = (config.num_decoder_layers, len(states), config.num_heads, config.d_kv)
+        options = {"dtype": self.lm_head.weight.dtype, "device": states.device, "fill": fill}
+        if own is None:
+            return EarlyExitCache(*shape, capacity=max(1, capacity), **options)
+        if own.get_seq_length() > 0:
+            raise ValueError("`past_key_values` holds another text: call its `reset()`, or leave it out.")
+        found = (own.num_layers, own.num_rows, own.num_heads, own.head_dim)
+        if found != shape:
+            raise ValueError(
+                "`past_key_values` was made for (layers, rows, heads, head width) = "
+                f"{found}, this call needs {shape}: leave it out."
+            )
+        for name, value in options.items():
+            if getattr(own, name) != value:
+                raise ValueError(
+                    f"`past_key_values` was made with {name}={getattr(own, name)!r}, this call needs {value!r}."
+                )
+        return own
+
+
+def _with_exits(output, run: ExitRun | None):
+    """The library's output with what the run has recorded; plain sequences and full-depth runs of others as they are."""
+    if run is None or isinstance(output, torch.Tensor):
+        return output
+    layers, confidences = run.layers_run(), run.exit_confidences()
+    if isinstance(output, GenerateBeamEncoderDecoderOutput):
+        cls, chosen = EarlyExitGenerateBeamOutput, output.beam_indices.cpu().long()
+        step = torch.arange(chosen.shape[1])
+        layers = layers[chosen, step].masked_fill(chosen < 0, 0)
+        confidences = confidences[chosen, step].masked_fill(chosen < 0, float("nan"))
+    else:
+        cls, new_tokens = EarlyExitGenerateOutput, output.sequences.shape[1] - run.prompt_length
+        layers, confidences = layers[:, :new_tokens], confidences[:, :new_tokens]
+    return cls(**output, layers_run=layers, exit_confidences=confidences, **run.work_by_layer())
+
+
+def _refuse(problems: list[str]) -> None:
+    if problems:
+        raise ValueError(f"Early exit does not go with {'; '.join(problems)}. Or pass `early_exit=False`.")
+
+
+def _not_supported_before_loading(kwargs: dict[str, Any]) -> list[str]:
+    """What among the keywords of `generate` would bypass the hooks, each with the remedy."""
+    problems = []
+    if kwargs.get("custom_generate") is not None:
+        problems.append("`custom_generate`, which brings its own loop: leave it out")
+    if kwargs.get("assistant_model") is not None:
+        problems.append("`assistant_model` (assisted generation): leave it out")
+    if kwargs.get("synced_gpus"):
+        problems.append("`synced_gpus=True`, since ranks would leave at different layers: leave it out")
+    if kwargs.get("negative_prompt_ids") is not None:
+        problems.append("`negative_prompt_ids` (classifier-free guidance): leave it out")
+    if kwargs.get("cache_implementation") == "paged":
+        problems.append('`cache_implementation="paged"` (continuous batching): leave it out')
+    return problems
+
+
+def _not_supported(model, config: GenerationConfig, model_kwargs: dict[str, Any]) -> list[str]:
+    """What in a prepared call the walk cannot do, each with the remedy; early exit refuses it, full depth is stock's."""
+    problems = []
+    cache = model_kwargs.get("past_key_values")
+    if config.use_cache is False:
+        problems.append("`use_cache=False`: leave it out")
+    if cache is not None and not isinstance(cache, EarlyExitCache):
+        problems.append(f"`past_key_values` of type {type(cache).__name__}: leave it out, or pass an `EarlyExitCache`")
+    if config.cache_implementation is not None:
+        problems.append(f"`cache_implementation={config.cache_implementation!r}`: leave it out")
+    if config.compile_config is not None:
+        problems.append("`compile_config`: leave it out")
+    if config.prefill_chunk_size is not None:
+        problems.append(f"`prefill_chunk_size={config.prefill_chunk_size}`: leave it out")
+    if config.guidance_scale not in (None, 1):
+        problems.append(f"`guidance_scale={config.guidance_scale}`: leave it out")
+    if config.output_attentions:
+        problems.append("`output_attentions=True`, since skipped layers have none: leave it out")
+    if config.output_hidden_states:
+        problems.append("`output_hidden_states=True`, since skipped layers have none: leave it out")
+    if (mode := config.get_generation_mode()) not in MODES:
+        problems.append(f"generation mode {mode.value!r}: use greedy search, sampling or beams")
+    if model.training:
+        problems.append("training mode: call `model.eval()`")
+    if not model.decoder.config._attn_implementation.startswith(attention.PREFIX):
+        problems.append(f"`attn_implementation={model.config._attn_implementation!r}`: use 'sdpa' or 'eager'")
+    if len(set((getattr(model, "hf_device_map", None) or {}).values())) > 1:
+        problems.append("a model spread over several devices by `device_map`: put it on one")
+    return problems

@@ -1,0 +1,333 @@
+"""Answers for the walk through the decoder, and for what it takes to run and project one layer of each family.
+
+`run_layers` is the walk: catch up, run the block, ask, park. It is the only implementation; whatever generates calls it.
+A family is one adapter, and the adapters are the only code that knows the insides of the library's models: a stock
+block's `forward` is called as it is, with a view of the cache that looks like the library's own.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import nn
+from transformers import EncoderDecoderCache
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.models.t5.modeling_t5 import eager_attention_forward
+
+from hf_earlyexit import attention
+from hf_earlyexit.cache import EarlyExitCache
+from hf_earlyexit.policies import ExitPoint
+from hf_earlyexit.rows import Rows
+from hf_earlyexit.run import ExitRun
+
+
+class Decoder(Protocol):
+    """What the walk needs of a family. One adapter is made per `generate` call and holds what is constant in it."""
+
+    num_layers: int
+
+    def embed(self, ids: torch.Tensor, rows: Rows) -> torch.Tensor:
+        """`[rows, length, hidden]`, the first block's input for these rows of `ids [batch, length]`."""
+
+    def begin_step(self, rows: Rows, cache: EarlyExitCache, length: int) -> None:
+        """Prepare what the layers of one step share (masks, relative bias) for `length` positions behind the cache."""
+
+    def run_block(self, layer: int, hidden: torch.Tensor, rows: Rows, cache: EarlyExitCache) -> torch.Tensor:
+        """`[rows, length, hidden]`, the stock block's output; writes the rows' keys and values."""
+
+    def project(self, layer: int, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values `[positions, heads, head]` that `layer` makes of `states [positions, hidden]`."""
+
+    def head_input(self, layer: int, hidden: torch.Tensor) -> torch.Tensor:
+        """What the LM head sees of `hidden [rows, hidden]` when it leaves after `layer`."""
+
+    def lm_head(self, head_input: torch.Tensor) -> torch.Tensor:
+        """`[rows, vocabulary]`."""
+
+    def exit_probability(self, layer: int, hidden: torch.Tensor) -> torch.Tensor:
+        """`[rows]`, the exit classifier on `hidden [rows, hidden]`."""
+
+
+class Departure(NamedTuple):
+    """Rows that left the decoder after `layer` with `hidden [rows, hidden]`, and their logits if already known."""
+
+    rows: Rows
+    layer: int
+    hidden: torch.Tensor
+    logits: torch.Tensor | None
+
+
+def decode_step(decoder: Decoder, ids: torch.Tensor, cache: EarlyExitCache, run: ExitRun) -> torch.Tensor:
+    """Logits `[batch, 1, vocabulary]` of the token behind `ids [batch, length]`; zeros for rows that have ended.
+
+    Of a prompt only the last position may leave early; the others run every layer.
+    """
+    rows = run.begin_step(ids.shape[1])
+    if ids.shape[1] > 1:
+        run_prompt(decoder, ids[:, :-1], cache, run, rows)
+    departures = run_layers(decoder, decoder.embed(ids[:, -1:], rows), cache, run, rows)
+    if cache.fill == "eager":
+        pay_all(decoder, cache, run, rows)
+    return gather_logits(decoder, departures, run)
+
+
+def run_layers(
+    decoder: Decoder, hidden: torch.Tensor, cache: EarlyExitCache, run: ExitRun, rows: Rows
+) -> list[Departure]:
+    """Walk one position of `rows` through the decoder, each row as deep as it goes.
+
+    Args:
+        hidden: `[rows, 1, hidden]`, embeddings.
+    """
+    started, departures = rows, []
+    cache.reserve(rows)
+    decoder.begin_step(rows, cache, 1)
+    for layer in range(1, decoder.num_layers + 1):
+        run.work.filled_positions[layer] += cache.catch_up(layer, rows, decoder.project)  # a debt is paid here
+        previous, hidden = hidden, decoder.run_block(layer, hidden, rows, cache)
+        run.work.layer_rows[layer] += len(rows)
+        if layer not in run.exit_points:
+            continue
+        point = exit_point(decoder, layer, hidden, previous, rows, cache, run)
+        leaving = run.leavers(point)  # a token leaves here
+        if not leaving:
+            continue
+        departures.append(depart(point, rows, leaving))
+        cache.park(departures[-1].rows, departures[-1].hidden)
+        staying = sorted(set(range(len(rows))) - set(leaving))
+        if not staying:
+            break
+        rows, hidden = rows.choose(staying), hidden[staying]
+    else:
+        departures.append(Departure(rows, decoder.num_layers, hidden[:, 0], None))
+        for row in rows:
+            run.record(row, decoder.num_layers)
+    cache.advance(started)
+    return departures
+
+
+def run_prompt(decoder: Decoder, ids: torch.Tensor, cache: EarlyExitCache, run: ExitRun, rows: Rows) -> None:
+    """Run the positions of a decoder prompt that no token comes from through every layer."""
+    length = ids.shape[1]
+    cache.reserve(rows, length)
+    decoder.begin_step(rows, cache, length)
+    hidden = decoder.embed(ids, rows)
+    for layer in range(1, decoder.num_layers + 1):
+        hidden = decoder.run_block(layer, hidden, rows, cache)
+        run.work.layer_rows[layer] += len(rows) * length
+    cache.advance(rows, length)
+
+
+def pay_all(decoder: Decoder, cache: EarlyExitCache, run: ExitRun, rows: Rows) -> None:
+    """Leave no debt: what `fill="eager"` adds to a step."""
+    for layer in range(1, decoder.num_layers + 1):
+        run.work.filled_positions[layer] += cache.catch_up(layer, rows, decoder.project)
+
+
+def exit_point(decoder, layer, hidden, previous, rows, cache, run) -> ExitPoint:
+    """What a criterion may look at after `layer`, with scores that are counted when they are computed."""
+
+    def score(layer: int, hidden: torch.Tensor) -> torch.Tensor:
+        run.work.head_rows[layer] += len(hidden)
+        return decoder.lm_head(decoder.head_input(layer, hidden))
+
+    positions = [cache.lengths[row] for row in rows]
+    return ExitPoint(layer, rows.indices, positions, hidden[:, 0], previous[:, 0], score, decoder.exit_probability)
+
+
+def depart(point: ExitPoint, rows: Rows, leaving: list[int]) -> Departure:
+    """The rows at the places `leaving`, with what the criterion has already computed of them."""
+    if len(leaving) == len(rows):
+        return Departure(rows, point.layer, point.hidden, point.scored)
+    logits = None if point.scored is None else point.scored[leaving]
+    return Departure(rows.choose(leaving), point.layer, point.hidden[leaving], logits)
+
+
+def gather_logits(decoder: Decoder, departures: list[Departure], run: ExitRun) -> torch.Tensor:
+    """Every row's logits from the layer it left at: those known, and one vocabulary projection for all others."""
+    unknown = [departure for departure in departures if departure.logits is None]
+    scored = [(departure.rows, departure.logits) for departure in departures if departure.logits is not None]
+    if unknown:
+        inputs = [decoder.head_input(departure.layer, departure.hidden) for departure in unknown]
+        logits = decoder.lm_head(torch.cat(inputs) if len(inputs) > 1 else inputs[0])
+        for departure, part in zip(unknown, logits.split([len(departure.rows) for departure in unknown])):
+            run.work.head_rows[departure.layer] += len(departure.rows)
+            scored.append((departure.rows, part))
+    first_rows, first_logits = scored[0]
+    if first_rows.is_everyone:
+        return first_logits[:, None]
+    gathered = first_logits.new_zeros(run.batch_size, first_logits.shape[-1])
+    for rows, logits in scored:
+        rows.place(gathered, logits)
+    return gathered[:, None]
+
+
+# --- T5 -------------------------------------------------------------------------------------------------------------
+
+attention.register("sdpa", sdpa_attention_forward)
+attention.register("eager", eager_attention_forward)
+
+
+class CrossKeysValues(NamedTuple):
+    """One layer of a cross-attention cache, as stock T5 reads it."""
+
+    keys: torch.Tensor | None
+    values: torch.Tensor | None
+
+
+class SelfAttentionView:
+    """What stock T5 self-attention sees of an `EarlyExitCache`: it writes its rows and reads all of them."""
+
+    def __init__(self, cache: EarlyExitCache):
+        self.cache = cache
+        self.rows: Rows | None = None
+
+    def update(self, keys: torch.Tensor, values: torch.Tensor, layer_idx: int, *args, **kwargs):
+        layer = layer_idx + 1
+        length = max(self.cache.lengths[row] for row in self.rows) + keys.shape[2]
+        self.cache.write(layer, self.rows, keys, values)
+        return self.cache.view(layer, self.rows, length)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return self.cache.get_seq_length()
+
+
+class CrossAttentionView:
+    """What stock T5 cross-attention sees of an `EarlyExitCache`: keys and values that are always there."""
+
+    def __init__(self, num_layers: int):
+        self.layers = [CrossKeysValues(None, None)] * num_layers
+
+
+class T5BlockView(EncoderDecoderCache):
+    """The cache as a stock `T5Block` sees it."""
+
+    def __init__(self, cache: EarlyExitCache):
+        self.self_attention_cache = SelfAttentionView(cache)
+        self.cross_attention_cache = CrossAttentionView(cache.num_layers)
+        self.is_updated = dict.fromkeys(range(cache.num_layers), True)
+
+
+class T5Decoder:
+    """The adapter of T5: v1.0 and v1.1, tied and untied, gated or not.
+
+    Args:
+        model: An `EarlyExitT5ForConditionalGeneration`.
+        cache: Of the call, with its encoder states attached.
+        encoder_mask: `[batch, source]`, 0 where the source is padding; None for no padding.
+        decoder_mask: `[batch, prompt]`, 0 where the decoder prompt is padding; None for no padding.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        cache: EarlyExitCache,
+        encoder_mask: torch.Tensor | None,
+        decoder_mask: torch.Tensor | None,
+    ):
+        self.model, self.stack, self.blocks = model, model.decoder, model.decoder.block
+        self.num_layers = len(self.blocks)
+        self.scale = model.model_dim**-0.5 if model.config.scale_decoder_outputs else 1.0
+        self.encoder_states = cache.encoder_states
+        self.dtype = self.blocks[0].layer[0].SelfAttention.relative_attention_bias.weight.dtype
+        self.view = T5BlockView(cache)
+        source = self.encoder_states.shape[1]
+        self.cross_mask = additive_mask(encoder_mask, self.dtype, self.encoder_states.device, source)
+        self.decoder_mask = decoder_mask if decoder_mask is not None and not decoder_mask.all() else None
+        self.reversed_bias = torch.empty(0)
+
+    def embed(self, ids: torch.Tensor, rows: Rows) -> torch.Tensor:
+        return self.stack.dropout(self.stack.embed_tokens(rows.select(ids)))
+
+    def begin_step(self, rows: Rows, cache: EarlyExitCache, length: int) -> None:
+        if self.reversed_bias.shape[-1] < cache.capacity:
+            self.reversed_bias = self._bias_by_distance(cache.capacity)
+        self.self_bias = self._self_bias(rows, cache, length)
+        self._follow(rows)
+
+    def run_block(self, layer: int, hidden: torch.Tensor, rows: Rows, cache: EarlyExitCache) -> torch.Tensor:
+        cache.fill_cross(layer, rows, self.project_source)
+        if rows is not self.view.self_attention_cache.rows:
+            self._follow(rows)
+        self.view.cross_attention_cache.layers[layer - 1] = CrossKeysValues(*cache.cross_view(layer, rows))
+        return self.blocks[layer - 1](
+            hidden,
+            None,
+            self.row_self_bias,
+            self.encoder_states,
+            None,
+            self.row_cross_mask,
+            past_key_values=self.view,
+            live_rows=rows,
+        )[0]
+
+    def _follow(self, rows: Rows) -> None:
+        """Narrow to `rows` what differs between rows."""
+        self.view.self_attention_cache.rows = rows
+        self.row_self_bias = self.self_bias if self.self_bias.shape[0] == 1 else rows.select(self.self_bias)
+        self.row_cross_mask = self.cross_mask if self.cross_mask.shape[0] == 1 else rows.select(self.cross_mask)
+
+    def project(self, layer: int, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        part = self.blocks[layer - 1].layer[0]
+        return self._keys_values(part.SelfAttention, part.layer_norm(states))
+
+    def project_source(self, layer: int, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cross-attention keys and values `[rows, heads, source, head]` of `states [rows, source, hidden]`."""
+        keys, values = self._keys_values(self.blocks[layer - 1].layer[1].EncDecAttention, states)
+        return keys.transpose(1, 2), values.transpose(1, 2)
+
+    @staticmethod
+    def _keys_values(module: nn.Module, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        shape = (*states.shape[:-1], module.n_heads, module.key_value_proj_dim)
+        return module.k(states).view(shape), module.v(states).view(shape)
+
+    def head_input(self, layer: int, hidden: torch.Tensor) -> torch.Tensor:
+        head = self.model.exit_heads.head_of(layer, self.stack.final_layer_norm)
+        return head(hidden) * self.scale
+
+    def lm_head(self, head_input: torch.Tensor) -> torch.Tensor:
+        return self.model.lm_head(head_input)
+
+    def exit_probability(self, layer: int, hidden: torch.Tensor) -> torch.Tensor:
+        return self.model.exit_heads.exit_probability(layer, hidden)
+
+    def _bias_by_distance(self, capacity: int) -> torch.Tensor:
+        """Relative bias `[1, heads, 1, capacity]` of keys at distance capacity - 1 ... 0: computed once, then sliced."""
+        module = self.blocks[0].layer[0].SelfAttention
+        return module.compute_bias(1, capacity, device=self.encoder_states.device, past_seen_tokens=capacity - 1)
+
+    def _self_bias(self, rows: Rows, cache: EarlyExitCache, length: int) -> torch.Tensor:
+        """What is added to the self-attention scores of `length` new positions, `[1 or batch, heads, length, keys]`."""
+        starts = {cache.lengths[row] for row in rows}
+        keys = max(starts) + length
+        if len(starts) == 1 and length == 1:
+            bias = self.reversed_bias[..., -keys:].contiguous()
+        else:
+            bias = self._bias_at([cache.lengths[row] for row in range(cache.num_rows)], length, keys)
+        if self.decoder_mask is not None:
+            bias = bias + additive_mask(self.decoder_mask, bias.dtype, bias.device, keys)
+        return bias
+
+    def _bias_at(self, starts: list[int], length: int, keys: int) -> torch.Tensor:
+        """Relative bias `[batch, heads, length, keys]` of rows that hold `starts` positions, later keys shut out."""
+        device = self.reversed_bias.device
+        positions = torch.tensor(starts, device=device)[:, None] + torch.arange(length, device=device)
+        distance = positions[:, :, None] - torch.arange(keys, device=device)
+        bias_by_distance = self.reversed_bias[0, :, 0].flip(-1)
+        bias = bias_by_distance[:, distance.clamp(min=0)].transpose(0, 1)
+        return bias.masked_fill(distance[:, None] < 0, torch.finfo(bias.dtype).min)
+
+
+def additive_mask(mask: torch.Tensor | None, dtype: torch.dtype, device: torch.device, keys: int) -> torch.Tensor:
+    """What shuts out padding when added to attention scores: `[batch, 1, 1, keys]`, zeros `[1, 1, 1, keys]` if none.
+
+    Args:
+        mask: `[batch, up to keys]`, 0 where a key is padding; keys beyond it are none.
+    """
+    if mask is None or bool(mask.all()):
+        return torch.zeros(1, 1, 1, keys, dtype=dtype, device=device)
+    added = torch.zeros(len(mask), 1, 1, keys, dtype=dtype, device=device)
+    padding = mask.to(device).bool().logical_not()
+    added[..., : mask.shape[1]].masked_fill_(padding[:, None, None], torch.finfo(dtype).min)
+    return added

@@ -1,0 +1,136 @@
+"""Answers for the model classes: a stock class, exit heads, and the way into the walk. A few lines each."""
+
+from __future__ import annotations
+
+import functools
+import os
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForSeq2SeqLM, PreTrainedConfig, T5Config, T5ForConditionalGeneration
+from transformers.modeling_outputs import Seq2SeqLMOutput
+
+from hf_earlyexit import attention
+from hf_earlyexit.cache import EarlyExitCache
+from hf_earlyexit.config import EarlyExitConfig, EarlyExitT5Config
+from hf_earlyexit.generation import EarlyExitGenerationMixin
+from hf_earlyexit.heads import ExitHeads, initialize
+from hf_earlyexit.layers import T5Decoder, decode_step
+
+
+class EarlyExitT5ForConditionalGeneration(EarlyExitGenerationMixin, T5ForConditionalGeneration):
+    """T5 whose tokens may leave the decoder early.
+
+    The backbone, its weights' names and every plain output are stock T5's; exit heads are added. Decoders deeper than
+    the encoder can generate. `forward` is stock's unless it is handed an `EarlyExitCache`, which `generate` does.
+    """
+
+    config_class = EarlyExitT5Config
+    decoder_adapter = T5Decoder
+
+    def __init__(self, config: EarlyExitT5Config):
+        super().__init__(config)
+        self.early_exit = EarlyExitConfig.from_dict(config.early_exit).for_layers(config.num_decoder_layers)
+        config.early_exit = self.early_exit.to_dict()
+        self.exit_heads = ExitHeads(self.early_exit, config.d_model, config.layer_norm_epsilon)
+        self.post_init()
+        self._attend_for_live_rows()
+        # Otherwise exit settings in `generation_config` would be written by `save_pretrained` and dropped on reload.
+        self.generation_config._from_model_config = False
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        if not initialize(module):
+            super()._init_weights(module)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike,
+        *model_args,
+        early_exit: EarlyExitConfig | dict | None = None,
+        config: PreTrainedConfig | None = None,
+        output_loading_info: bool = False,
+        **kwargs,
+    ):
+        """Load an early-exit checkpoint, or make one of any plain T5 (v1.0, v1.1, Flan).
+
+        Args:
+            pretrained_model_name_or_path: A folder or a Hub id.
+            early_exit: The exit points. None: the checkpoint's own, or `EarlyExitConfig()` for a plain T5.
+            config: A `T5Config` or `EarlyExitT5Config` in place of the checkpoint's.
+            kwargs: As for `T5ForConditionalGeneration.from_pretrained`.
+
+        Heads that the checkpoint lacks start as the logit lens; nothing else may be missing.
+
+        Raises:
+            ValueError: The checkpoint is of another family, or `early_exit` does not fit the decoder.
+        """
+        config, kwargs = early_exit_config(cls.config_class, pretrained_model_name_or_path, config, kwargs)
+        if early_exit is not None:
+            values = early_exit.to_dict() if isinstance(early_exit, EarlyExitConfig) else early_exit
+            config.early_exit = EarlyExitConfig.from_dict(values).for_layers(config.num_decoder_layers).to_dict()
+        model, info = super().from_pretrained(
+            pretrained_model_name_or_path, *model_args, config=config, output_loading_info=True, **kwargs
+        )
+        missing = {key.removeprefix("exit_heads.") for key in info["missing_keys"] if key.startswith("exit_heads.")}
+        model.exit_heads.start_as_logit_lens(model.decoder.final_layer_norm, missing)
+        model.exit_heads.to(model.lm_head.weight.dtype)
+        model.generation_config._from_model_config = False
+        return (model, info) if output_loading_info else model
+
+    @functools.wraps(T5ForConditionalGeneration.forward)
+    def forward(self, *args, **kwargs):
+        cache = kwargs.get("past_key_values")
+        if not isinstance(cache, EarlyExitCache):
+            return super().forward(*args, **kwargs)
+        if "exit_run" not in kwargs:
+            raise ValueError("An `EarlyExitCache` belongs to a `generate` call: pass it to `model.generate(...)`.")
+        logits = decode_step(kwargs["exit_decoder"], kwargs["decoder_input_ids"], cache, kwargs["exit_run"])
+        return Seq2SeqLMOutput(logits=logits, past_key_values=cache)
+
+    def set_attn_implementation(self, *args, **kwargs) -> None:
+        super().set_attn_implementation(*args, **kwargs)
+        self._attend_for_live_rows()
+
+    def _attend_for_live_rows(self) -> None:
+        """Let the decoder's attention, whichever it is, be told which rows are live."""
+        implementation = self.config._attn_implementation
+        if implementation in ("sdpa", "eager"):
+            self.decoder.config._attn_implementation = attention.PREFIX + implementation
+
+
+def early_exit_config(config_class: type, path, config: PreTrainedConfig | None, kwargs: dict):
+    """The early-exit configuration of a checkpoint, and the keyword arguments that are left for the model.
+
+    A plain T5's is taken over value by value, so that nothing of it is lost (the `scale_decoder_outputs` rule above all).
+    """
+    if config is None:
+        for_model = {
+            name: kwargs.pop(name) for name in ("dtype", "torch_dtype", "attn_implementation") if name in kwargs
+        }
+        values, _ = config_class.get_config_dict(path, **kwargs)
+        model_type = values.get("model_type")
+        family = {config_class.model_type: config_class, "t5": T5Config}.get(model_type)
+        if family is None:
+            raise ValueError(
+                f"{str(path)!r} is a model of type {model_type!r}; early exit supports 't5' and "
+                f"{config_class.model_type!r}. UMT5, which has a relative bias in every block, and mT5 are not "
+                "supported yet."
+            )
+        config, kwargs = family.from_dict(values, return_unused_kwargs=True, **kwargs)
+        kwargs |= for_model
+    if isinstance(config, config_class):
+        return config, kwargs
+    if config.model_type != "t5":
+        raise ValueError(
+            f"`config` must be a `T5Config` or a `{config_class.__name__}`, got `{type(config).__name__}`."
+        )
+    values = config.to_dict()
+    for name in ("model_type", "architectures", "transformers_version"):
+        values.pop(name, None)
+    return config_class(**values), kwargs
+
+
+AutoConfig.register("early_exit_t5", EarlyExitT5Config)
+AutoModelForSeq2SeqLM.register(EarlyExitT5Config, EarlyExitT5ForConditionalGeneration)

@@ -1,0 +1,211 @@
+"""Answers for whether a token leaves here: criteria, threshold schedules and batch rules.
+
+A criterion is a frozen dataclass with one verb, `confidence`; a schedule one with the verb `threshold_at`; a batch
+rule is a function of who passed. None of them sees the model or the cache: what they may look at is an `ExitPoint`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Protocol
+
+import torch
+
+
+class ExitPoint:
+    """What some rows of a batch offer to a criterion between two layers.
+
+    Vocabulary and classifier scores are computed when first looked at, once, and counted then; the logits of a token
+    that leaves are the ones that were looked at.
+
+    Attributes:
+        layer: Layers run so far, counted from 1.
+        rows: The batch rows asked about, ascending.
+        positions: Their decoder positions, one per row; the first new token of an unprompted T5 is at 0.
+        hidden: `[rows, hidden]`, the output of block `layer`, before any norm.
+        previous: `[rows, hidden]`, the output of the block below; the embeddings at layer 1.
+    """
+
+    def __init__(
+        self,
+        layer: int,
+        rows: list[int],
+        positions: list[int],
+        hidden: torch.Tensor,
+        previous: torch.Tensor,
+        score: Callable[[int, torch.Tensor], torch.Tensor],
+        classify: Callable[[int, torch.Tensor], torch.Tensor],
+    ):
+        self.layer, self.rows, self.positions = layer, rows, positions
+        self.hidden, self.previous = hidden, previous
+        self._score, self._classify = score, classify
+
+    @cached_property
+    def logits(self) -> torch.Tensor:
+        """`[rows, vocabulary]`, this layer's head on `hidden`."""
+        return self._score(self.layer, self.hidden)
+
+    @property
+    def scored(self) -> torch.Tensor | None:
+        """The logits if anyone has looked at them."""
+        return self.__dict__.get("logits")
+
+    @cached_property
+    def exit_probability(self) -> torch.Tensor:
+        """`[rows]`, this layer's exit classifier on `hidden`."""
+        return self._classify(self.layer, self.hidden)
+
+    @property
+    def log_probabilities(self) -> torch.Tensor:
+        """`[rows, vocabulary]`, in fp32 at least."""
+        return torch.log_softmax(at_least_float32(self.logits), dim=-1)
+
+
+class ExitCriterion(Protocol):
+    """How sure a token is, at one exit point. Any object with this method can be an `exit_criterion`."""
+
+    def confidence(self, point: ExitPoint) -> torch.Tensor:
+        """`[rows]`, floating point, in [0, 1]. A token leaves when it is at least the threshold."""
+        ...
+
+
+@dataclass(frozen=True)
+class SoftmaxResponse:
+    """Top-1 minus top-2 probability (CALM, arXiv 2207.07061, section 3.5, "softmax response")."""
+
+    def confidence(self, point: ExitPoint) -> torch.Tensor:
+        logits = at_least_float32(point.logits)
+        top = (logits.topk(2, dim=-1).values - logits.logsumexp(dim=-1, keepdim=True)).exp()
+        return top[:, 0] - top[:, 1]
+
+
+@dataclass(frozen=True)
+class MaxProbability:
+    """The top-1 probability."""
+
+    def confidence(self, point: ExitPoint) -> torch.Tensor:
+        logits = at_least_float32(point.logits)
+        return (logits.amax(dim=-1) - logits.logsumexp(dim=-1)).exp()
+
+
+@dataclass(frozen=True)
+class Entropy:
+    """One minus the entropy over its largest value, ln of the vocabulary (BranchyNet's measure, turned round)."""
+
+    def confidence(self, point: ExitPoint) -> torch.Tensor:
+        log_probabilities = point.log_probabilities
+        entropy = -(log_probabilities.exp() * log_probabilities).sum(dim=-1)
+        return (1 - entropy / math.log(log_probabilities.shape[-1])).clamp(0, 1)
+
+
+@dataclass(frozen=True)
+class StateSimilarity:
+    """Cosine between this layer's output and the last one's (CALM, section 3.5, "hidden-state saturation").
+
+    0 at layer 1, which has no decoder layer below it, so the first layer that can be left is 2. Norms are per row;
+    CALM's released code takes them over the whole batch. Negative cosines count as 0.
+    """
+
+    def confidence(self, point: ExitPoint) -> torch.Tensor:
+        hidden, previous = at_least_float32(point.hidden), at_least_float32(point.previous)
+        if point.layer == 1:
+            return hidden.new_zeros(len(hidden))
+        return torch.cosine_similarity(hidden, previous, dim=-1).clamp(0, 1)
+
+
+@dataclass(frozen=True)
+class ExitClassifier:
+    """A trained classifier's probability that this layer's token is already the last layer's (CALM, section 3.5)."""
+
+    def confidence(self, point: ExitPoint) -> torch.Tensor:
+        return point.exit_probability
+
+
+@dataclass(frozen=True)
+class FixedLayer:
+    """Sure from `exit_layer` on, never before."""
+
+    exit_layer: int
+
+    def confidence(self, point: ExitPoint) -> torch.Tensor:
+        return point.hidden.new_full((len(point.rows),), float(point.layer >= self.exit_layer), dtype=torch.float32)
+
+
+CRITERIA: dict[str, type] = {
+    "softmax": SoftmaxResponse,
+    "max_prob": MaxProbability,
+    "entropy": Entropy,
+    "state": StateSimilarity,
+    "classifier": ExitClassifier,
+    "fixed": FixedLayer,
+}
+
+
+@dataclass(frozen=True)
+class Constant:
+    """The same threshold for every token."""
+
+    threshold: float
+
+    def threshold_at(self, token: int, max_new_tokens: int) -> float:
+        return self.threshold
+
+
+@dataclass(frozen=True)
+class CalmDecay:
+    """CALM's decaying threshold (section 3.5, equation 5): early tokens must be surer, since later ones build on them.
+
+    clip(0.9 threshold + 0.1 exp(-tau token / max_new_tokens), 0, 1), `token` counted from 0. The paper uses tau 4 for
+    softmax and classifier on CNN/DM and WMT and 0 elsewhere.
+    """
+
+    threshold: float
+    tau: float = 4.0
+
+    def threshold_at(self, token: int, max_new_tokens: int) -> float:
+        return min(1.0, max(0.0, 0.9 * self.threshold + 0.1 * math.exp(-self.tau * token / max_new_tokens)))
+
+
+@dataclass(frozen=True)
+class CalmReleasedDecay:
+    """The decay as CALM's released code has it: its second term is times the threshold, so it starts at it."""
+
+    threshold: float
+    tau: float = 4.0
+
+    def threshold_at(self, token: int, max_new_tokens: int) -> float:
+        decay = 0.9 + 0.1 * math.exp(-self.tau * token / max_new_tokens)
+        return min(1.0, max(0.0, self.threshold * decay))
+
+
+SCHEDULES: dict[str, type] = {"constant": Constant, "calm": CalmDecay, "calm_released": CalmReleasedDecay}
+
+
+def each_row_leaves(passed: list[bool], has_passed: list[bool]) -> list[bool]:
+    """`"row"`: every row leaves at its own layer."""
+    return passed
+
+
+def all_leave_once_each_has_passed(passed: list[bool], has_passed: list[bool]) -> list[bool]:
+    """`"batch"`: all leave where the last live row passes; who has passed stays passed (arXiv 2407.20272, latched)."""
+    return [all(has_passed)] * len(passed)
+
+
+def all_leave_where_all_pass(passed: list[bool], has_passed: list[bool]) -> list[bool]:
+    """`"batch_joint"`: all leave at the first layer where all pass (CALM's released code)."""
+    return [all(passed)] * len(passed)
+
+
+BATCH_RULES: dict[str, Callable[[list[bool], list[bool]], list[bool]]] = {
+    "row": each_row_leaves,
+    "batch": all_leave_once_each_has_passed,
+    "batch_joint": all_leave_where_all_pass,
+}
+
+
+def at_least_float32(tensor: torch.Tensor) -> torch.Tensor:
+    """Half precisions as fp32; fp32 and fp64 as they are."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

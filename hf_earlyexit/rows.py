@@ -1,0 +1,78 @@
+"""Answers for which rows of a batch take part in a computation: as host integers, as an index tensor, as runs.
+
+Knows nothing of models, caches or criteria. Row sets are immutable; what is derived from one is computed once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+
+import torch
+
+
+class Rows:
+    """Some rows of a batch, in ascending order.
+
+    Args:
+        indices: The rows, ascending, each in `0 .. batch_size - 1`.
+        batch_size: How many rows the whole batch has.
+        device: Where index tensors are made.
+    """
+
+    def __init__(self, indices: Sequence[int], batch_size: int, device: torch.device | str = "cpu"):
+        self.indices = list(indices)
+        self.batch_size = batch_size
+        self.device = device
+
+    @classmethod
+    def everyone(cls, batch_size: int, device: torch.device | str = "cpu") -> Rows:
+        return cls(range(batch_size), batch_size, device)
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.indices)
+
+    def __repr__(self) -> str:
+        return f"Rows({self.indices} of {self.batch_size})"
+
+    @property
+    def is_everyone(self) -> bool:
+        return len(self.indices) == self.batch_size
+
+    @cached_property
+    def index(self) -> torch.Tensor:
+        """The rows as a `LongTensor [rows]`."""
+        return torch.tensor(self.indices, dtype=torch.long, device=self.device)
+
+    @cached_property
+    def runs(self) -> list[slice]:
+        """The rows as the fewest slices of neighbouring rows: what can be read from a batch tensor as a view."""
+        runs: list[slice] = []
+        for row in self.indices:
+            if runs and runs[-1].stop == row:
+                runs[-1] = slice(runs[-1].start, row + 1)
+            else:
+                runs.append(slice(row, row + 1))
+        return runs
+
+    def choose(self, places: Sequence[int]) -> Rows:
+        """The rows at these places of this set."""
+        return Rows([self.indices[place] for place in places], self.batch_size, self.device)
+
+    def select(self, tensor: torch.Tensor) -> torch.Tensor:
+        """These rows of a batch tensor `[batch, ...]`, as a view where they are neighbours."""
+        if self.is_everyone:
+            return tensor
+        if len(self.runs) == 1:
+            return tensor[self.runs[0]]
+        return tensor.index_select(0, self.index)
+
+    def place(self, tensor: torch.Tensor, values: torch.Tensor) -> None:
+        """Write `values [rows, ...]` into these rows of a batch tensor, in place."""
+        if len(self.runs) == 1:
+            tensor[self.runs[0]] = values
+        else:
+            tensor.index_copy_(0, self.index, values)

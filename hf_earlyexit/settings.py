@@ -1,0 +1,193 @@
+"""Answers for how one call of `generate` exits: reading, merging and checking its settings.
+
+Settings live in `generation_config` and as keywords of `generate`; what is built into the checkpoint is `config.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass, fields
+from typing import Any
+
+from transformers import GenerationConfig
+
+from hf_earlyexit.cache import FILLS
+from hf_earlyexit.config import EarlyExitConfig, is_integer
+from hf_earlyexit.policies import BATCH_RULES, CRITERIA, SCHEDULES, ExitCriterion
+
+
+@dataclass(frozen=True)
+class ExitSettings:
+    """The exit settings of one call; the fields are the keywords of `generate`.
+
+    Attributes:
+        early_exit: Whether tokens may leave early.
+        exit_criterion: A name of `CRITERIA`, or an object with `confidence(point)`.
+        exit_threshold: The confidence from which a token leaves, in [0, 1].
+        exit_schedule: A name of `SCHEDULES`, `{"name": ..., "tau": ...}`, or an object with
+            `threshold_at(token, max_new_tokens)`, which then has the threshold in it.
+        exit_layer: Where `"fixed"` leaves.
+        batch_exit: A name of `BATCH_RULES`.
+        fill: `"lazy"` or `"eager"` (see `EarlyExitCache`).
+    """
+
+    early_exit: bool = False
+    exit_criterion: str | ExitCriterion | None = None
+    exit_threshold: float | None = None
+    exit_schedule: Any = "constant"
+    exit_layer: int | None = None
+    batch_exit: str = "row"
+    fill: str = "lazy"
+
+    @classmethod
+    def names(cls) -> list[str]:
+        return [one.name for one in fields(cls)]
+
+    @classmethod
+    def merge(
+        cls, given: dict[str, Any], passed: GenerationConfig | None, stored: GenerationConfig | None
+    ) -> ExitSettings:
+        """Settings of a call: its keywords, over the `generation_config` passed to it, over the model's own.
+
+        `exit_threshold=None` as a keyword means never; in a `GenerationConfig`, None is what is not set.
+
+        Raises:
+            ValueError: A value is not legal or does not go with another; the message says which and what to do.
+        """
+        explicit = {**_set_values(passed), **given}
+        if "exit_threshold" in given and given["exit_threshold"] is None:
+            explicit["early_exit"] = False
+        explicit = {name: value for name, value in explicit.items() if value is not None}
+        values = {**_set_values(stored), **explicit}
+        if "early_exit" not in explicit:
+            asked = {"exit_criterion", "exit_threshold"} & set(explicit)
+            values["early_exit"] = bool(asked) or values.get("early_exit", "exit_criterion" in values)
+        settings = cls(**values)
+        settings._check_values()
+        settings._check_company(set(explicit))
+        return settings
+
+    def _check_values(self) -> None:
+        if not isinstance(self.early_exit, bool):
+            raise ValueError(f"`early_exit` must be True or False, got {self.early_exit!r}.")
+        _check_choice("exit_criterion", self.exit_criterion, CRITERIA, "confidence", "one with `confidence(point)`")
+        _check_choice("exit_schedule", self._schedule_name, SCHEDULES, "threshold_at", "one with `threshold_at`")
+        _check_choice("batch_exit", self.batch_exit, BATCH_RULES)
+        _check_choice("fill", self.fill, FILLS)
+        number = isinstance(self.exit_threshold, (int, float)) and not isinstance(self.exit_threshold, bool)
+        if self.exit_threshold is not None and not (number and 0 <= self.exit_threshold <= 1):
+            raise ValueError(
+                f"`exit_threshold` must be a number in [0, 1], got {self.exit_threshold!r}. "
+                "For full depth pass `early_exit=False`."
+            )
+        if self.exit_layer is not None and not (is_integer(self.exit_layer) and self.exit_layer >= 1):
+            raise ValueError(f"`exit_layer` must be an integer from 1 on, got {self.exit_layer!r}.")
+
+    def _check_company(self, explicit: set[str]) -> None:
+        """Check what goes with what; `explicit` are the names that the call itself has set."""
+        if "exit_layer" in explicit and self.exit_criterion != "fixed":
+            raise ValueError(
+                f'`exit_layer={self.exit_layer}` goes with `exit_criterion="fixed"`, not {self.exit_criterion!r}.'
+            )
+        if not self.early_exit:
+            return
+        if self.exit_criterion is None:
+            raise ValueError(f"Early exit needs an `exit_criterion`: one of {list(CRITERIA)}, or your own object.")
+        if self.exit_criterion == "fixed":
+            if self.exit_layer is None:
+                raise ValueError('`exit_criterion="fixed"` needs `exit_layer`, the layer to leave at.')
+            if "exit_threshold" in explicit:
+                raise ValueError(
+                    f'`exit_threshold={self.exit_threshold}` does not go with `exit_criterion="fixed"`: leave it out.'
+                )
+        elif self._has_own_schedule:
+            if "exit_threshold" in explicit:
+                raise ValueError("`exit_threshold` does not go with an `exit_schedule` object, which has its own.")
+        elif self.exit_threshold is None:
+            raise ValueError(f"`exit_criterion={self.exit_criterion!r}` needs an `exit_threshold` in [0, 1].")
+
+    def check_against(self, config: EarlyExitConfig, num_layers: int) -> None:
+        """Check the settings against what is built into the model.
+
+        Raises:
+            ValueError: The model has no such exit point, or no trained classifier.
+        """
+        if not self.early_exit:
+            return
+        if self.exit_criterion == "fixed" and self.exit_layer not in (*config.exit_layers, num_layers):
+            raise ValueError(
+                f"`exit_layer={self.exit_layer}` is no exit point of this model: it can be left after "
+                f"{[*config.exit_layers, num_layers]}. Load it with `early_exit=EarlyExitConfig(exit_layers=...)`."
+            )
+        if self.exit_criterion == "classifier":
+            if config.classifier is None:
+                raise ValueError(
+                    'This model has no exit classifiers, so `exit_criterion="classifier"` cannot work: load it with '
+                    "`early_exit=EarlyExitConfig(classifier=ClassifierConfig())`, train them, or use another criterion."
+                )
+            if not config.classifier.trained:
+                raise ValueError(
+                    'The exit classifiers of this model are untrained, so `exit_criterion="classifier"` would leave '
+                    "at random: train `model.exit_heads.classifiers` and set `trained` in the classifier's config, "
+                    'or use `exit_criterion="softmax"` or "state", which need no training.'
+                )
+
+    def exit_points(self, config: EarlyExitConfig, num_layers: int) -> Collection[int]:
+        """The layers at which this call asks."""
+        if not self.early_exit:
+            return frozenset()
+        if self.exit_criterion == "fixed":
+            return frozenset({self.exit_layer} - {num_layers})
+        return frozenset(config.exit_layers)
+
+    @property
+    def criterion(self) -> ExitCriterion:
+        """The criterion as an object."""
+        if not isinstance(self.exit_criterion, str):
+            return self.exit_criterion
+        arguments = (self.exit_layer,) if self.exit_criterion == "fixed" else ()
+        return CRITERIA[self.exit_criterion](*arguments)
+
+    @property
+    def schedule(self):
+        """The threshold schedule as an object. `"fixed"` is sure or not at all, so any threshold between serves it."""
+        if self._has_own_schedule:
+            return self.exit_schedule
+        options = dict(self.exit_schedule) if isinstance(self.exit_schedule, dict) else {}
+        options.pop("name", None)
+        threshold = 0.5 if self.exit_criterion == "fixed" else self.exit_threshold
+        return SCHEDULES[self._schedule_name](threshold, **options)
+
+    @property
+    def _has_own_schedule(self) -> bool:
+        return not isinstance(self.exit_schedule, (str, dict))
+
+    @property
+    def _schedule_name(self) -> Any:
+        if not isinstance(self.exit_schedule, dict):
+            return self.exit_schedule
+        name = self.exit_schedule.get("name")
+        allowed = {"name"} | {one.name for one in fields(SCHEDULES[name])} - {"threshold"} if name in SCHEDULES else {}
+        if name in SCHEDULES and set(self.exit_schedule) - allowed:
+            raise ValueError(f"`exit_schedule={self.exit_schedule}` may have {sorted(allowed)}.")
+        return name
+
+
+def _set_values(config: GenerationConfig | None) -> dict[str, Any]:
+    """The exit settings that a generation config has set."""
+    values = {name: getattr(config, name, None) for name in ExitSettings.names()}
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _check_choice(
+    name: str, value: Any, choices: Collection[str], verb: str | None = None, description: str = ""
+) -> None:
+    """Refuse a value that is neither one of the named choices nor, where `verb` is given, an object that has it."""
+    if value is None and name == "exit_criterion":
+        return
+    if isinstance(value, str) and value in choices:
+        return
+    if verb is not None and not isinstance(value, (str, type)) and callable(getattr(value, verb, None)):
+        return
+    objects = f", or an object of your own, {description}" if verb else ""
+    raise ValueError(f"`{name}` must be one of {list(choices)}{objects}, got {value!r}.")
