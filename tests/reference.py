@@ -1,0 +1,49 @@
+"""A slow generation with exits, to hold the walk against: every layer runs for every row, rows that left are frozen."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from transformers import LogitsProcessorList
+
+from tests.tiny import stock_cache
+
+
+@torch.no_grad()
+def frozen_row_generate(
+    stock,
+    inputs: dict[str, torch.Tensor],
+    script: Callable[[int, int], int],
+    max_new_tokens: int,
+    processors: LogitsProcessorList | None = None,
+    ends: tuple[int, ...] = (),
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Greedy tokens `[batch, 1 + steps]` and the logits `[batch, steps, vocabulary]` they come from.
+
+    A row that has left keeps its hidden state through the deeper layers, which make their keys and values of it: what
+    projecting the exit state means. Stock blocks, stock cache, nothing of the package.
+    """
+    encoder_states = stock.encoder(**inputs).last_hidden_state
+    mask = (1 - inputs["attention_mask"][:, None, None].to(stock.dtype)) * torch.finfo(stock.dtype).min
+    batch_size = len(encoder_states)
+    ids, cache, all_logits = torch.zeros(batch_size, 1, dtype=torch.long), stock_cache(), []
+    ended = torch.zeros(batch_size, dtype=torch.bool)
+    for position in range(max_new_tokens):
+        hidden, bias, cross_bias = stock.decoder.embed_tokens(ids[:, -1:]), None, None
+        exits = torch.tensor([script(row, position) for row in range(batch_size)])
+        for layer, block in enumerate(stock.decoder.block, start=1):
+            output, bias, cross_bias = block(
+                hidden, None, bias, encoder_states, mask, cross_bias, past_key_values=cache
+            )
+            hidden = torch.where((exits < layer)[:, None, None], hidden, output)
+        scale = stock.model_dim**-0.5 if stock.config.scale_decoder_outputs else 1.0
+        logits = stock.lm_head(stock.decoder.final_layer_norm(hidden[:, 0]) * scale)
+        all_logits.append(logits)
+        scores = processors(ids, logits.float()) if processors else logits
+        token = scores.argmax(-1).masked_fill(ended, 0)
+        ids = torch.cat([ids, token[:, None]], dim=1)
+        ended = ended | torch.isin(token, torch.tensor(list(ends), dtype=torch.long))
+        if ended.all():
+            break
+    return ids, torch.stack(all_logits, dim=1)

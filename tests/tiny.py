@@ -1,0 +1,132 @@
+"""Tiny random T5s that do not repeat themselves, and inputs for them."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from transformers import (
+    DynamicCache,
+    EncoderDecoderCache,
+    LogitsProcessor,
+    LogitsProcessorList,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+from hf_earlyexit import EarlyExitConfig, EarlyExitT5Config, EarlyExitT5ForConditionalGeneration
+
+
+VOCABULARY = 97
+NUM_LAYERS = 6
+# Ends that a random model runs into now and then, so that rows end at different steps.
+ENDS = [3, 17, 29, 41, 53, 67]
+
+FAMILIES = {
+    "tied": {"feed_forward_proj": "relu"},
+    "untied": {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False},
+    "deeper decoder": {"feed_forward_proj": "gated-gelu", "num_layers": 2},
+    "narrow heads": {"feed_forward_proj": "relu", "d_kv": 5},
+}
+
+
+def tiny_config(family: str = "tied", **changes) -> T5Config:
+    values = {
+        "vocab_size": VOCABULARY,
+        "d_model": 32,
+        "d_kv": 8,
+        "d_ff": 48,
+        "num_heads": 4,
+        "num_layers": 3,
+        "num_decoder_layers": NUM_LAYERS,
+        "relative_attention_num_buckets": 8,
+        "relative_attention_max_distance": 20,
+        "decoder_start_token_id": 0,
+    }
+    return T5Config(**(values | FAMILIES[family] | changes))
+
+
+@torch.no_grad()
+def tiny_stock(family: str = "tied", seed: int = 0, dtype=torch.float64, **changes) -> T5ForConditionalGeneration:
+    """A stock T5 whose source, position and depth all matter to what it says."""
+    torch.manual_seed(seed)
+    config = tiny_config(family, **changes)
+    model = T5ForConditionalGeneration(config).eval()
+    if family == "untied":
+        model.lm_head.weight = nn.Parameter(torch.randn_like(model.lm_head.weight) * config.d_model**-0.5)
+    for name, parameter in model.named_parameters():
+        if "EncDecAttention" in name or "wo.weight" in name or ".o.weight" in name:
+            parameter.mul_(2)
+        if "relative_attention_bias" in name:
+            parameter.mul_(4)
+        if "layer_norm" in name:
+            parameter.mul_(1 + 0.3 * torch.randn_like(parameter))
+    return model.to(dtype)
+
+
+def with_exits(stock: T5ForConditionalGeneration, early_exit: EarlyExitConfig | None = None):
+    """The early-exit model with the very weights of a stock one."""
+    values = stock.config.to_dict()
+    for name in ("model_type", "architectures", "transformers_version"):
+        values.pop(name, None)
+    config = EarlyExitT5Config(**values, early_exit=(early_exit or EarlyExitConfig()).to_dict())
+    model = EarlyExitT5ForConditionalGeneration(config)
+    if stock.lm_head.weight is not stock.shared.weight:
+        model.lm_head.weight = nn.Parameter(stock.lm_head.weight.detach().clone())
+    missing, unexpected = model.load_state_dict(stock.state_dict(), strict=False)
+    assert not unexpected and all(name.startswith("exit_heads") for name in missing)
+    model.exit_heads.start_as_logit_lens(model.decoder.final_layer_norm)
+    return model.to(stock.dtype).eval()
+
+
+def tiny_pair(family: str = "tied", seed: int = 0, dtype=torch.float64, early_exit=None, **changes):
+    stock = tiny_stock(family, seed, dtype, **changes)
+    return stock, with_exits(stock, early_exit)
+
+
+def tiny_inputs(batch_size: int, seed: int = 0, longest: int = 11) -> dict[str, torch.Tensor]:
+    """A padded batch of sources of different lengths."""
+    generator = torch.Generator().manual_seed(100 + seed)
+    ids = torch.randint(4, VOCABULARY, (batch_size, longest), generator=generator)
+    lengths = [longest - (3 * row) % (longest - 2) for row in range(batch_size)]
+    mask = (torch.arange(longest) < torch.tensor(lengths)[:, None]).long()
+    return {"input_ids": ids * mask, "attention_mask": mask}
+
+
+def one_row(inputs: dict[str, torch.Tensor], row: int) -> dict[str, torch.Tensor]:
+    """A row of a padded batch as a batch of its own, without padding."""
+    length = int(inputs["attention_mask"][row].sum())
+    return {name: tensor[row : row + 1, :length] for name, tensor in inputs.items()}
+
+
+class Unrest(LogitsProcessor):
+    """Adds noise that depends on the last token and the length alone, so that a random model does not repeat itself
+    and a row still says the same in any batch."""
+
+    def __init__(self, seed: int = 0, strength: float = 4.0):
+        generator = torch.Generator().manual_seed(seed)
+        self.noise = strength * torch.randn(16, VOCABULARY, VOCABULARY, generator=generator, dtype=torch.float64)
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        return scores + self.noise[input_ids.shape[1] % 16, input_ids[:, -1]].to(scores)
+
+
+def unrest(seed: int = 0) -> LogitsProcessorList:
+    return LogitsProcessorList([Unrest(seed)])
+
+
+def stock_cache() -> EncoderDecoderCache:
+    """A stock cache that grows with the layers: the one a stock T5 with a deeper decoder can generate with."""
+    return EncoderDecoderCache(DynamicCache(), DynamicCache())
+
+
+def cut_to(stock: T5ForConditionalGeneration, layers: int) -> T5ForConditionalGeneration:
+    """The stock model with its first `layers` decoder layers only, on the same weights."""
+    config = T5Config(**{**stock.config.to_dict(), "num_decoder_layers": layers})
+    config.scale_decoder_outputs = stock.config.scale_decoder_outputs
+    cut = T5ForConditionalGeneration(config)
+    for name in ("shared", "encoder", "lm_head"):
+        setattr(cut, name, getattr(stock, name))
+    cut.decoder.embed_tokens = stock.decoder.embed_tokens
+    cut.decoder.block = nn.ModuleList(list(stock.decoder.block)[:layers])
+    cut.decoder.final_layer_norm = stock.decoder.final_layer_norm
+    return cut.eval()

@@ -1,0 +1,72 @@
+"""Criteria that do what a test says, watch what they are asked, and count what runs."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+
+from hf_earlyexit import ExitPoint
+
+
+@dataclass(frozen=True)
+class Scripted:
+    """Leaves after the layer that `script(row, position)` names; with threshold 0.5."""
+
+    script: Callable[[int, int], int]
+
+    def confidence(self, point: ExitPoint) -> torch.Tensor:
+        sure = [point.layer >= self.script(row, at) for row, at in zip(point.rows, point.positions)]
+        return torch.tensor(sure, dtype=torch.float64)
+
+
+def pseudo_random_script(seed: int, num_layers: int) -> Callable[[int, int], int]:
+    """An exit layer for every row and position, all layers alike."""
+    return lambda row, position: 1 + hash((seed, row * 7919, position * 104729, row ^ position)) % num_layers
+
+
+@dataclass(frozen=True)
+class Recording:
+    """Another criterion, and the confidences it gave."""
+
+    criterion: object
+    seen: dict[tuple[int, int, int], float] = field(default_factory=dict)
+
+    def confidence(self, point: ExitPoint) -> torch.Tensor:
+        confidence = self.criterion.confidence(point)
+        for row, position, value in zip(point.rows, point.positions, confidence.tolist()):
+            self.seen[row, position, point.layer] = value
+        return confidence
+
+
+def threshold_for(model, inputs, criterion, quantile: float = 0.6, **kwargs) -> float:
+    """A threshold that some tokens pass early, some late and some never: a quantile of what full depth shows."""
+    recording = Recording(criterion)
+    model.generate(**inputs, exit_criterion=recording, exit_threshold=1.0, **kwargs)
+    return torch.tensor(list(recording.seen.values())).quantile(quantile).item()
+
+
+@contextmanager
+def counting(model):
+    """Counts, with hooks on the modules themselves, the rows x positions that run: by block, K projection and head."""
+    counts = {"block": Counter(), "keys": Counter(), "head": Counter()}
+
+    def count(kind: str, name):
+        def hook(module, args, output):
+            output = output[0] if isinstance(output, tuple) else output
+            counts[kind][name] += output.shape[:-1].numel()
+
+        return hook
+
+    hooks = [model.lm_head.register_forward_hook(count("head", 0))]
+    for layer, block in enumerate(model.decoder.block, start=1):
+        hooks.append(block.register_forward_hook(count("block", layer)))
+        hooks.append(block.layer[0].SelfAttention.k.register_forward_hook(count("keys", layer)))
+    try:
+        yield counts
+    finally:
+        for hook in hooks:
+            hook.remove()
