@@ -1,4 +1,4 @@
-"""Early-exit text generation for Hugging Face Transformers: easy tokens leave the decoder early, hard ones use it all."""
+"""Early-exit text generation for Hugging Face Transformers: easy tokens leave the decoder early."""
 
 from hf_earlyexit.cache import EarlyExitCache
 from hf_earlyexit.config import ClassifierConfig, EarlyExitConfig, EarlyExitT5Config

@@ -321,7 +321,8 @@ class EarlyExitCache(Cache):
 
     def _new_arena(self, capacity: int) -> torch.Tensor:
         shape = (self.num_layers, self.num_rows, self.num_heads, capacity, self.head_dim)
-        return torch.empty(shape, dtype=self.dtype, device=self.device)
+        # Zeros, since a shorter row's unwritten positions are masked out, and what is masked must be finite.
+        return torch.zeros(shape, dtype=self.dtype, device=self.device)
 
     def _common_length(self, rows: Rows) -> int | None:
         """The length that all of `rows` have, or None where they differ."""

@@ -105,6 +105,10 @@ def is_integer(value) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
+def is_number(value) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
 def known_fields(cls: type, values: dict) -> dict:
     """`values`, refused if one is no field of `cls`."""
     names = [one.name for one in fields(cls)]

@@ -53,7 +53,7 @@ class EarlyExitGenerateOutput(GenerateEncoderDecoderOutput):
 
 @dataclass
 class EarlyExitGenerateBeamOutput(GenerateBeamEncoderDecoderOutput):
-    """`EarlyExitGenerateOutput` of a beam search; `layers_run` and `exit_confidences` follow the winning hypotheses."""
+    """`EarlyExitGenerateOutput` of beams: `layers_run` and `exit_confidences` follow the winning hypotheses."""
 
     layers_run: torch.LongTensor | None = None
     exit_confidences: torch.FloatTensor | None = None
@@ -198,7 +198,7 @@ class EarlyExitGenerationMixin:
 
 
 def _with_exits(output, run: ExitRun | None):
-    """The library's output with what the run has recorded; plain sequences and full-depth runs of others as they are."""
+    """The library's output with what the run has recorded; plain sequences and calls without a run as they are."""
     if run is None or isinstance(output, torch.Tensor):
         return output
     layers, confidences = run.layers_run(), run.exit_confidences()
@@ -235,7 +235,7 @@ def _not_supported_before_loading(kwargs: dict[str, Any]) -> list[str]:
 
 
 def _not_supported(model, config: GenerationConfig, model_kwargs: dict[str, Any]) -> list[str]:
-    """What in a prepared call the walk cannot do, each with the remedy; early exit refuses it, full depth is stock's."""
+    """What in a prepared call the walk cannot do, each with the remedy. Early exit refuses it; full depth is stock's."""
     problems = []
     cache = model_kwargs.get("past_key_values")
     if config.use_cache is False:

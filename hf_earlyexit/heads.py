@@ -1,7 +1,7 @@
 """Answers for what turns a middle hidden state into the input of the LM head, or into an exit probability.
 
-Knows nothing of the decoder it sits on: it is handed the final norm. All heads end in the model's LM head, so rows that
-leave at different layers can share one vocabulary projection.
+Knows nothing of the decoder it sits on: it is handed the final norm. All heads end in the model's LM head, so rows
+that leave at different layers can share one vocabulary projection.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ class Classifier(nn.Module):
         self.output = ClassifierLinear(width if config.kind == "mlp" else hidden_size, 1)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Logits `[...]` of `hidden [..., hidden]`, in fp32 at least: raw states of half precision models are large."""
+        """Logits `[...]` of `hidden [..., hidden]`, in fp32 at least: raw states can be too large for fp16."""
         hidden = at_least_float32(hidden)
         if self.inner is not None:
             hidden = torch.relu(linear(self.inner, hidden))
@@ -116,9 +116,9 @@ class ExitHeads(nn.Module):
             self.classifiers.update({name: Classifier(config.classifier, hidden_size) for name in names})
 
     def head_of(self, layer: int, final_norm: nn.Module) -> nn.Module:
-        """What turns the state after `layer` into the LM head's input: `final_norm` where the layer has no own head."""
+        """What makes the LM head's input of the state after `layer`: `final_norm` where the layer has no own head."""
         name = str(layer)
-        return self.heads[name] if name in self.heads else final_norm
+        return self.heads[name] if name in self.heads else final_norm  # noqa: SIM401 (a ModuleDict has no `get`)
 
     def exit_probability(self, layer: int, hidden: torch.Tensor) -> torch.Tensor:
         """`[rows]` of `hidden [rows, hidden]`."""

@@ -1,7 +1,7 @@
 """Answers for the walk through the decoder, and for what it takes to run and project one layer of each family.
 
-`run_layers` is the walk: catch up, run the block, ask, park. It is the only implementation; whatever generates calls it.
-A family is one adapter, and the adapters are the only code that knows the insides of the library's models: a stock
+`run_layers` is the walk: catch up, run the block, ask, park. It is the only implementation: all that generates calls
+it. A family is one adapter, and the adapters are the only code that knows the insides of the library's models: a stock
 block's `forward` is called as it is, with a view of the cache that looks like the library's own.
 """
 
@@ -182,12 +182,12 @@ class SelfAttentionView:
     def __init__(self, cache: EarlyExitCache):
         self.cache = cache
         self.rows: Rows | None = None
+        self.length = 0  # of the longest row of this step, its new positions included
 
     def update(self, keys: torch.Tensor, values: torch.Tensor, layer_idx: int, *args, **kwargs):
         layer = layer_idx + 1
-        length = max(self.cache.lengths[row] for row in self.rows) + keys.shape[2]
         self.cache.write(layer, self.rows, keys, values)
-        return self.cache.view(layer, self.rows, length)
+        return self.cache.view(layer, self.rows, self.length)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.cache.get_seq_length()
@@ -244,6 +244,7 @@ class T5Decoder:
         if self.reversed_bias.shape[-1] < cache.capacity:
             self.reversed_bias = self._bias_by_distance(cache.capacity)
         self.self_bias = self._self_bias(rows, cache, length)
+        self.view.self_attention_cache.length = self.self_bias.shape[-1]
         self._follow(rows)
 
     def run_block(self, layer: int, hidden: torch.Tensor, rows: Rows, cache: EarlyExitCache) -> torch.Tensor:
@@ -293,12 +294,12 @@ class T5Decoder:
         return self.model.exit_heads.exit_probability(layer, hidden)
 
     def _bias_by_distance(self, capacity: int) -> torch.Tensor:
-        """Relative bias `[1, heads, 1, capacity]` of keys at distance capacity - 1 ... 0: computed once, then sliced."""
+        """Relative bias `[1, heads, 1, capacity]` of keys at distances capacity - 1 to 0: computed once, then sliced."""
         module = self.blocks[0].layer[0].SelfAttention
         return module.compute_bias(1, capacity, device=self.encoder_states.device, past_seen_tokens=capacity - 1)
 
     def _self_bias(self, rows: Rows, cache: EarlyExitCache, length: int) -> torch.Tensor:
-        """What is added to the self-attention scores of `length` new positions, `[1 or batch, heads, length, keys]`."""
+        """What is added to the self-attention scores of new positions, `[1 or batch, heads, length, keys]`."""
         starts = {cache.lengths[row] for row in rows}
         keys = max(starts) + length
         if len(starts) == 1 and length == 1:
@@ -328,6 +329,6 @@ def additive_mask(mask: torch.Tensor | None, dtype: torch.dtype, device: torch.d
     if mask is None or bool(mask.all()):
         return torch.zeros(1, 1, 1, keys, dtype=dtype, device=device)
     added = torch.zeros(len(mask), 1, 1, keys, dtype=dtype, device=device)
-    padding = mask.to(device).bool().logical_not()
-    added[..., : mask.shape[1]].masked_fill_(padding[:, None, None], torch.finfo(dtype).min)
+    padding = mask[:, :keys].to(device).bool().logical_not()
+    added[..., : padding.shape[1]].masked_fill_(padding[:, None, None], torch.finfo(dtype).min)
     return added

@@ -103,7 +103,7 @@ class EarlyExitT5ForConditionalGeneration(EarlyExitGenerationMixin, T5ForConditi
 def early_exit_config(config_class: type, path, config: PreTrainedConfig | None, kwargs: dict):
     """The early-exit configuration of a checkpoint, and the keyword arguments that are left for the model.
 
-    A plain T5's is taken over value by value, so that nothing of it is lost (the `scale_decoder_outputs` rule above all).
+    A plain T5's is taken over value by value, so that nothing is lost: `scale_decoder_outputs` above all.
     """
     if config is None:
         for_model = {

@@ -99,8 +99,8 @@ class ExitRun:
         if not isinstance(confidence, torch.Tensor) or confidence.shape != (len(point.rows),):
             found = list(confidence.shape) if isinstance(confidence, torch.Tensor) else type(confidence).__name__
             raise ValueError(
-                f"`exit_criterion` {type(self.criterion).__name__} must give a tensor of shape [{len(point.rows)}], one "
-                f"confidence per row asked about, got {found}."
+                f"`exit_criterion` {type(self.criterion).__name__} must give a tensor of shape [{len(point.rows)}], "
+                f"one confidence per row asked about, got {found}."
             )
         return confidence.tolist()
 

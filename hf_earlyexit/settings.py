@@ -12,7 +12,7 @@ from typing import Any
 from transformers import GenerationConfig
 
 from hf_earlyexit.cache import FILLS
-from hf_earlyexit.config import EarlyExitConfig, is_integer
+from hf_earlyexit.config import EarlyExitConfig, is_integer, is_number
 from hf_earlyexit.policies import BATCH_RULES, CRITERIA, SCHEDULES, ExitCriterion
 
 
@@ -74,8 +74,8 @@ class ExitSettings:
         _check_choice("exit_schedule", self._schedule_name, SCHEDULES, "threshold_at", "one with `threshold_at`")
         _check_choice("batch_exit", self.batch_exit, BATCH_RULES)
         _check_choice("fill", self.fill, FILLS)
-        number = isinstance(self.exit_threshold, (int, float)) and not isinstance(self.exit_threshold, bool)
-        if self.exit_threshold is not None and not (number and 0 <= self.exit_threshold <= 1):
+        threshold = self.exit_threshold
+        if threshold is not None and not (is_number(threshold) and 0 <= threshold <= 1):
             raise ValueError(
                 f"`exit_threshold` must be a number in [0, 1], got {self.exit_threshold!r}. "
                 "For full depth pass `early_exit=False`."
@@ -123,7 +123,7 @@ class ExitSettings:
             if config.classifier is None:
                 raise ValueError(
                     'This model has no exit classifiers, so `exit_criterion="classifier"` cannot work: load it with '
-                    "`early_exit=EarlyExitConfig(classifier=ClassifierConfig())`, train them, or use another criterion."
+                    "`early_exit=EarlyExitConfig(classifier=ClassifierConfig())` and train them, or use another one."
                 )
             if not config.classifier.trained:
                 raise ValueError(
@@ -170,6 +170,9 @@ class ExitSettings:
         allowed = {"name"} | {one.name for one in fields(SCHEDULES[name])} - {"threshold"} if name in SCHEDULES else {}
         if name in SCHEDULES and set(self.exit_schedule) - allowed:
             raise ValueError(f"`exit_schedule={self.exit_schedule}` may have {sorted(allowed)}.")
+        tau = self.exit_schedule.get("tau", 0)
+        if not is_number(tau) or tau < 0:
+            raise ValueError(f"`tau` of `exit_schedule` must be a number from 0 on, got {tau!r}.")
         return name
 
 

@@ -125,10 +125,15 @@ def never_equals_stock(stock, model, inputs, seed: int = 0, **kwargs):
     assert set(output.layers_run[live].tolist()) == {model.config.num_decoder_layers}
     if kwargs.get("num_beams", 1) == 1:
         for step, (mine, stocks) in enumerate(zip(output.logits, expected.logits)):
-            torch.testing.assert_close(mine[live[:, step]], stocks[live[:, step]])
+            torch.testing.assert_close(mine[live[:, step]], stocks[live[:, step]], **logit_tolerance(model))
     else:
         torch.testing.assert_close(output.sequences_scores, expected.sequences_scores)
     return output
+
+
+def logit_tolerance(model) -> dict[str, float]:
+    """What `assert_close` is told: its own tolerance of fp32, which logits are reported in, unless the model is half."""
+    return {"atol": 2e-2, "rtol": 2e-2} if model.dtype in (torch.float16, torch.bfloat16) else {}
 
 
 def fixed_exit_equals_cut_stock(stock, model, inputs, layer: int, seed: int = 0, **kwargs):

@@ -1,4 +1,4 @@
-"""A slow generation with exits, to hold the walk against: every layer runs for every row, rows that left are frozen."""
+"""A slow generation with exits, to hold the walk against: every layer runs, rows that left are frozen."""
 
 from __future__ import annotations
 

@@ -1,0 +1,115 @@
+"""The shipped checkpoint on real inputs: laws 1, 3 and 4, and what it promises in its card."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoTokenizer, T5ForConditionalGeneration
+
+from hf_earlyexit.default import CHECKPOINT, default_inputs, load_default
+from tests import laws
+from tests.watching import Recording, Scripted, pseudo_random_script
+
+
+INPUTS = (Path(__file__).parent / "data/e2e_validation_inputs.txt").read_text(encoding="utf-8").splitlines()
+THRESHOLDS = {"softmax": (0.5, 0.8, 0.95), "state": (0.96, 0.97, 0.98)}
+
+
+@lru_cache
+def shipped():
+    stock = T5ForConditionalGeneration.from_pretrained(CHECKPOINT, dtype=torch.float32).eval()
+    return stock, *load_default()
+
+
+def batches(texts: list[str], size: int = 16):
+    tokenizer = AutoTokenizer.from_pretrained(CHECKPOINT)
+    for start in range(0, len(texts), size):
+        yield dict(tokenizer(texts[start : start + size], return_tensors="pt", padding=True))
+
+
+def generate(model, inputs, **kwargs):
+    return model.generate(**inputs, max_new_tokens=48, return_dict_in_generate=True, output_logits=True, **kwargs)
+
+
+def alone(stock, inputs, row: int, **kwargs):
+    return generate(stock, laws.one_row(inputs, row), **kwargs)
+
+
+def test_never_equals_stock_on_200_inputs():
+    """Law 1 with the tie rule. Both are batches of 16, so they round alike and hardly ever tie."""
+    assert len(set(INPUTS)) == 200
+    stock, model, _ = shipped()
+    ties = []
+    for inputs in batches(INPUTS):
+        output = generate(model, inputs)
+        expected = generate(stock, inputs)
+        rows = [
+            type("Row", (), {"sequences": expected.sequences[row : row + 1]}) for row in range(len(expected.sequences))
+        ]
+        ties += [tie for row, one in enumerate(rows) if (tie := laws.first_difference(output, one, row, None, 0.0))]
+    print("ties:", ties)
+    assert len(ties) <= 1 and all(tie.margin <= laws.TOLERANCE for tie in ties)
+
+
+@pytest.mark.parametrize("criterion", THRESHOLDS)
+@pytest.mark.parametrize("count", (16, pytest.param(200, marks=pytest.mark.slow)))
+def test_batch_equals_rows_alone(criterion, count):
+    """Law 3 with the tie rule, at three thresholds; the ties are listed."""
+    _, model, _ = shipped()
+    for threshold in THRESHOLDS[criterion]:
+        ties, depths = [], set()
+        for inputs in batches(INPUTS[:count]):
+            recording = Recording(laws.CRITERIA[criterion])
+            batch = generate(model, inputs, exit_criterion=recording, exit_threshold=threshold)
+            kwargs = {"exit_criterion": criterion, "exit_threshold": threshold}
+            rows = range(len(batch.sequences))
+            found = (
+                laws.first_difference(batch, alone(model, inputs, row, **kwargs), row, recording, threshold)
+                for row in rows
+            )
+            ties += [tie for tie in found if tie]
+            depths |= set(batch.layers_run.unique().tolist())
+        print(f"{criterion} {threshold}: {count} rows, layers {sorted(depths - {0})}, ties: {ties}")
+        assert len(ties) <= 0.005 * count and all(tie.margin <= laws.TOLERANCE for tie in ties)
+        assert len(depths - {0}) >= 3
+
+
+def test_lazy_and_eager_follow_frozen_rows():
+    """Law 4 on a trained model, in fp64, under a script."""
+    stock, model, _ = shipped()
+    try:
+        script = pseudo_random_script(1, 8)
+        inputs = next(batches(INPUTS[:7]))
+        stock, model = stock.double(), model.double()
+        expected, logits = laws.frozen_row_generate(stock, inputs, script, 24, None, (1,))
+        for fill in ("lazy", "eager"):
+            output = model.generate(
+                **inputs,
+                max_new_tokens=24,
+                return_dict_in_generate=True,
+                output_logits=True,
+                exit_criterion=Scripted(script),
+                exit_threshold=0.5,
+                fill=fill,
+            )
+            assert torch.equal(output.sequences, expected)
+            torch.testing.assert_close(output.logits[5], logits[:, 5].float())
+    finally:
+        shipped.cache_clear()
+
+
+def test_the_shipped_model_is_what_its_card_says():
+    _, model, tokenizer = shipped()
+    parameters = list(model.parameters())
+    assert {parameter.dtype for parameter in parameters} == {torch.float32} and not model.training
+    assert 16.0e6 < sum(parameter.numel() for parameter in parameters) < 16.4e6
+    assert sum(path.stat().st_size for path in CHECKPOINT.iterdir()) < 40e6
+    assert len(default_inputs()) == 8 and not set(default_inputs()) & set(INPUTS)
+    inputs = tokenizer(
+        INPUTS[:1] + ["describe: name[Blue Spice], eatType[coffee shop]"], return_tensors="pt", padding=True
+    )
+    text = tokenizer.batch_decode(model.generate(**inputs, max_new_tokens=48), skip_special_tokens=True)[1]
+    assert "Blue Spice" in text and "coffee shop" in text

@@ -1,0 +1,226 @@
+"""Model classes: what loads, what is saved, what stays plain, in every dtype."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForSeq2SeqLM, T5Config, T5ForConditionalGeneration, UMT5Config
+
+from hf_earlyexit import ClassifierConfig, EarlyExitConfig, EarlyExitT5Config, EarlyExitT5ForConditionalGeneration
+from tests import laws
+from tests.tiny import FAMILIES, NUM_LAYERS, tiny_config, tiny_inputs, tiny_pair, tiny_stock
+from tests.watching import Scripted, pseudo_random_script, threshold_for
+
+
+MIXED = EarlyExitConfig(
+    exit_layers=(1, 2, 4, 5),
+    heads=("shared", "norm", "linear", "mlp"),
+    classifier=ClassifierConfig("mlp", shared=False),
+)
+
+
+def load(path, **kwargs):
+    model, info = EarlyExitT5ForConditionalGeneration.from_pretrained(path, output_loading_info=True, **kwargs)
+    assert not info["unexpected_keys"] and not info["mismatched_keys"]
+    return model.eval(), sorted(info["missing_keys"])
+
+
+def plain_logits(model, inputs) -> torch.Tensor:
+    return model(**inputs, labels=torch.tensor([[5, 6, 7, 1]] * len(inputs["input_ids"]))).logits
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_plain_checkpoint_becomes_an_early_exit_model(family, tmp_path):
+    stock = tiny_stock(family, 1, torch.float32)
+    stock.save_pretrained(tmp_path)
+    model, missing = load(tmp_path)
+    assert missing == [] and isinstance(model.config, EarlyExitT5Config)
+    assert model.config.model_type == "early_exit_t5"
+    assert model.early_exit.exit_layers == tuple(range(1, NUM_LAYERS))
+    assert model.config.scale_decoder_outputs == stock.config.scale_decoder_outputs == (family != "untied")
+    inputs = tiny_inputs(3)
+    assert torch.equal(plain_logits(model, inputs), plain_logits(stock, inputs))
+    assert model(**inputs, labels=inputs["input_ids"]).loss == stock(**inputs, labels=inputs["input_ids"]).loss
+    laws.never_equals_stock(stock, model, inputs)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_only_exit_heads_are_missing_and_they_start_as_the_logit_lens(family, tmp_path):
+    stock = tiny_stock(family, 2, torch.float32)
+    stock.save_pretrained(tmp_path)
+    lens, _ = load(tmp_path)
+    model, missing = load(tmp_path, early_exit=MIXED)
+    assert missing and all(name.startswith("exit_heads.") for name in missing)
+    assert model.early_exit == MIXED.for_layers(NUM_LAYERS)
+    inputs = tiny_inputs(3)
+    for layer in (1, 2, 4, 5):
+        call = {"exit_criterion": "fixed", "exit_layer": layer}
+        ours, theirs = laws.generate(model, inputs, **call), laws.generate(lens, inputs, **call)
+        assert torch.equal(ours.sequences, theirs.sequences)
+        for mine, other in zip(ours.logits, theirs.logits):
+            torch.testing.assert_close(mine, other)
+
+
+@torch.no_grad()
+def test_save_and_load_keeps_tokens_exits_and_settings(tmp_path):
+    """Law 7, with heads that are no logit lens any more."""
+    for family in FAMILIES:
+        _, model = tiny_pair(family, 3, torch.float32, early_exit=MIXED)
+        for parameter in model.exit_heads.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+        model.generation_config.exit_criterion = "softmax"
+        threshold = threshold_for(model, tiny_inputs(4, 3), laws.CRITERIA["softmax"], 0.7, max_new_tokens=16)
+        model.generation_config.exit_threshold = threshold
+        model.generation_config.exit_schedule = {"name": "calm", "tau": 2.0}
+        model.generation_config.batch_exit = "row"
+        folder = tmp_path / family
+        model.save_pretrained(folder)
+        assert {path.name for path in folder.iterdir()} == {
+            "config.json",
+            "generation_config.json",
+            "model.safetensors",
+        }
+        inputs = tiny_inputs(4, 3)
+        expected = laws.generate(model, inputs)
+        assert len(set(expected.layers_run.flatten().tolist())) >= 3
+        for again in (load(folder)[0], AutoModelForSeq2SeqLM.from_pretrained(folder).eval()):
+            assert type(again) is EarlyExitT5ForConditionalGeneration
+            assert again.early_exit == model.early_exit
+            output = laws.generate(again, inputs)
+            assert torch.equal(output.sequences, expected.sequences)
+            assert torch.equal(output.layers_run, expected.layers_run)
+            again.save_pretrained(folder)
+        assert json.loads((folder / "generation_config.json").read_text())["exit_threshold"] == threshold
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_ours_loads_as_plain_t5(family, tmp_path):
+    stock, model = tiny_pair(family, 4, torch.float32, early_exit=MIXED)
+    model.save_pretrained(tmp_path)
+    plain = T5ForConditionalGeneration.from_pretrained(tmp_path).eval()
+    inputs = tiny_inputs(3)
+    assert torch.equal(plain_logits(plain, inputs), plain_logits(stock, inputs))
+
+
+def test_trained_heads_survive_new_ones_and_only_the_new_start_as_lens(tmp_path):
+    config = EarlyExitConfig(exit_layers=(1, 2), heads="norm")
+    _, model = tiny_pair("tied", 5, torch.float32, early_exit=config)
+    torch.nn.init.constant_(model.exit_heads.heads["1"].norm.weight, 7.0)
+    model.save_pretrained(tmp_path)
+    again, missing = load(tmp_path, early_exit=EarlyExitConfig(exit_layers=(1, 2, 3), heads="norm"))
+    assert missing == ["exit_heads.heads.3.norm.weight"]
+    assert (again.exit_heads.heads["1"].norm.weight == 7).all()
+    assert torch.equal(again.exit_heads.heads["3"].norm.weight, again.decoder.final_layer_norm.weight)
+
+
+def test_registered_with_the_auto_classes_on_import():
+    code = (
+        "import hf_earlyexit; from transformers import AutoConfig, AutoModelForSeq2SeqLM; "
+        "c = AutoConfig.for_model('early_exit_t5', d_model=8, d_kv=4, d_ff=8, num_layers=2, num_heads=2); "
+        "print(type(AutoModelForSeq2SeqLM.from_config(c)).__name__)"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "EarlyExitT5ForConditionalGeneration"
+    assert type(AutoConfig.for_model("early_exit_t5")) is EarlyExitT5Config
+
+
+def test_other_families_are_refused_by_name(tmp_path):
+    UMT5Config(num_layers=2).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="'umt5'.*UMT5, which has a relative bias in every block"):
+        EarlyExitT5ForConditionalGeneration.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="`config` must be a `T5Config`.*got `UMT5Config`"):
+        EarlyExitT5ForConditionalGeneration.from_pretrained(tmp_path, config=UMT5Config())
+    tiny_stock("tied", dtype=torch.float32).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="`exit_layers` has 9, but the decoder has 6"):
+        EarlyExitT5ForConditionalGeneration.from_pretrained(tmp_path, early_exit=EarlyExitConfig(exit_layers=[9]))
+
+
+def test_the_usual_arguments_of_from_pretrained(tmp_path):
+    tiny_stock("untied", 6, torch.float32).save_pretrained(tmp_path)
+    model, _ = load(tmp_path, dtype=torch.bfloat16, attn_implementation="eager", dropout_rate=0.25)
+    assert model.dtype == torch.bfloat16 and model.config.dropout_rate == 0.25
+    assert model.config._attn_implementation == "eager" and model.encoder.config._attn_implementation == "eager"
+    by_config, _ = load(tmp_path, config=T5Config.from_pretrained(tmp_path), early_exit={"exit_layers": [3]})
+    assert by_config.early_exit.exit_layers == (3,) and by_config.config.scale_decoder_outputs is False
+
+
+@pytest.mark.parametrize("implementation", ("sdpa", "eager"))
+def test_attention_implementations_agree(implementation):
+    stock, model = tiny_pair("untied", 7)
+    model.set_attn_implementation(implementation)
+    stock.set_attn_implementation(implementation)
+    inputs = tiny_inputs(4, 7)
+    laws.never_equals_stock(stock, model, inputs)
+    laws.follows_frozen_rows(stock, model, inputs, pseudo_random_script(7, NUM_LAYERS))
+    torch.testing.assert_close(plain_logits(model, inputs), plain_logits(stock, inputs))
+    if implementation == "eager":
+        attentions = model(**inputs, labels=inputs["input_ids"], output_attentions=True).decoder_attentions
+        assert len(attentions) == NUM_LAYERS and all(one is not None for one in attentions)
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
+@pytest.mark.parametrize("family", ("tied", "untied"))
+def test_half_precision(dtype, family, tmp_path):
+    """The residual stream of an fp16 T5 is fp32 (its `wo` is), and so are the states it parks."""
+    tiny_stock(family, 8, torch.float32).save_pretrained(tmp_path)
+    stock = T5ForConditionalGeneration.from_pretrained(tmp_path, dtype=dtype).eval()
+    model, _ = load(tmp_path, dtype=dtype, early_exit=MIXED)
+    assert {parameter.dtype for name, parameter in model.exit_heads.named_parameters()} == {dtype}
+    inputs = tiny_inputs(4, 8)
+    laws.never_equals_stock(stock, model, inputs)
+    script = Scripted(pseudo_random_script(8, NUM_LAYERS))
+    wish = lambda row, position: (1, 2, 4, 6)[script.script(row, position) % 4]  # noqa: E731
+    outputs = [
+        laws.generate(model, inputs, exit_criterion=Scripted(wish), exit_threshold=0.5, fill=fill)
+        for fill in ("lazy", "eager")
+    ]
+    assert torch.equal(outputs[0].sequences, outputs[1].sequences)
+    cache = outputs[0].past_key_values
+    assert cache.keys.dtype == dtype
+    assert cache.parked.dtype == (torch.float32 if dtype == torch.float16 else dtype)
+    for criterion in ("softmax", "state", "entropy"):
+        laws.generate(model, inputs, exit_criterion=criterion, exit_threshold=0.3)
+
+
+def test_training_forward_and_gradients_are_stocks():
+    stock, model = tiny_pair("untied", 9)
+    inputs = tiny_inputs(3, 9)
+    for one in (stock, model):
+        one(**inputs, labels=inputs["input_ids"]).loss.backward()
+    gradients = dict(model.named_parameters())
+    for name, parameter in stock.named_parameters():
+        assert torch.equal(parameter.grad, gradients[name].grad), name
+
+
+def test_fresh_models_from_a_configuration():
+    values = {**tiny_config().to_dict(), "early_exit": MIXED.to_dict()}
+    for name in ("model_type", "architectures", "transformers_version"):
+        values.pop(name, None)
+    model = EarlyExitT5ForConditionalGeneration(EarlyExitT5Config(**values))
+    assert not model.exit_heads.heads["4"].map.weight.any() and not model.exit_heads.heads["5"].down.weight.any()
+    assert model.exit_heads.heads["5"].up.weight.std() < 0.5
+    assert set(model.exit_heads.classifiers) == {"1", "2", "4", "5"}
+    names = [name for name, _ in model.named_parameters() if name.startswith("exit_heads")]
+    assert all(parameter.isfinite().all() for parameter in model.parameters()) and names
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_on_a_gpu(family):
+    stock, model = tiny_pair(family, 1)
+    stock, model = stock.cuda(), model.cuda()
+    inputs = {name: tensor.cuda() for name, tensor in tiny_inputs(4, 1).items()}
+    laws.never_equals_stock(stock, model, inputs)
+    laws.work_is_what_ran(model, inputs, exit_criterion="softmax", exit_threshold=0.1)
+    outputs = [
+        laws.generate(
+            model, inputs, exit_criterion=Scripted(pseudo_random_script(1, NUM_LAYERS)), exit_threshold=0.5, fill=fill
+        )
+        for fill in ("lazy", "eager")
+    ]
+    assert torch.equal(outputs[0].sequences, outputs[1].sequences)
