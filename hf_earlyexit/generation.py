@@ -235,7 +235,7 @@ def _not_supported_before_loading(kwargs: dict[str, Any]) -> list[str]:
 
 
 def _not_supported(model, config: GenerationConfig, model_kwargs: dict[str, Any]) -> list[str]:
-    """What in a prepared call the walk cannot do, each with the remedy. Early exit refuses it; full depth is stock's."""
+    """What in a prepared call the walk cannot do, each with the remedy: refused, or stock's at full depth."""
     problems = []
     cache = model_kwargs.get("past_key_values")
     if config.use_cache is False:
@@ -256,6 +256,8 @@ def _not_supported(model, config: GenerationConfig, model_kwargs: dict[str, Any]
         problems.append("`output_hidden_states=True`, since skipped layers have none: leave it out")
     if (mode := config.get_generation_mode()) not in MODES:
         problems.append(f"generation mode {mode.value!r}: use greedy search, sampling or beams")
+    if config.is_assistant:
+        problems.append("being the assistant of another model: use it on its own")
     if model.training:
         problems.append("training mode: call `model.eval()`")
     if not model.decoder.config._attn_implementation.startswith(attention.PREFIX):

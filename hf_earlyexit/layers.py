@@ -294,7 +294,7 @@ class T5Decoder:
         return self.model.exit_heads.exit_probability(layer, hidden)
 
     def _bias_by_distance(self, capacity: int) -> torch.Tensor:
-        """Relative bias `[1, heads, 1, capacity]` of keys at distances capacity - 1 to 0: computed once, then sliced."""
+        """Relative bias `[1, heads, 1, capacity]` of keys at distances capacity - 1 to 0, to be sliced."""
         module = self.blocks[0].layer[0].SelfAttention
         return module.compute_bias(1, capacity, device=self.encoder_states.device, past_seen_tokens=capacity - 1)
 

@@ -30,13 +30,18 @@ class EarlyExitT5ForConditionalGeneration(EarlyExitGenerationMixin, T5ForConditi
 
     def __init__(self, config: EarlyExitT5Config):
         super().__init__(config)
-        self.early_exit = EarlyExitConfig.from_dict(config.early_exit).for_layers(config.num_decoder_layers)
-        config.early_exit = self.early_exit.to_dict()
-        self.exit_heads = ExitHeads(self.early_exit, config.d_model, config.layer_norm_epsilon)
+        early_exit = EarlyExitConfig.from_dict(config.early_exit).for_layers(config.num_decoder_layers)
+        config.early_exit = early_exit.to_dict()
+        self.exit_heads = ExitHeads(early_exit, config.d_model, config.layer_norm_epsilon)
         self.post_init()
         self._attend_for_live_rows()
         # Otherwise exit settings in `generation_config` would be written by `save_pretrained` and dropped on reload.
         self.generation_config._from_model_config = False
+
+    @property
+    def early_exit(self) -> EarlyExitConfig:
+        """The exit points, everything spelled out; `config.early_exit` holds the same as plain values."""
+        return EarlyExitConfig.from_dict(self.config.early_exit)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

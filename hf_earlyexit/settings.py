@@ -128,8 +128,9 @@ class ExitSettings:
             if not config.classifier.trained:
                 raise ValueError(
                     'The exit classifiers of this model are untrained, so `exit_criterion="classifier"` would leave '
-                    "at random: train `model.exit_heads.classifiers` and set `trained` in the classifier's config, "
-                    'or use `exit_criterion="softmax"` or "state", which need no training.'
+                    "at random: train `model.exit_heads.classifiers`, then set "
+                    '`model.config.early_exit["classifier"]["trained"] = True`; or use `exit_criterion="softmax"` '
+                    'or "state", which need no training.'
                 )
 
     def exit_points(self, config: EarlyExitConfig, num_layers: int) -> Collection[int]:

@@ -28,8 +28,13 @@ class Tie:
 
 def generate(model, inputs, seed: int = 0, max_new_tokens: int = 16, ends=ENDS, **kwargs):
     """Greedy unless told otherwise, unrested, with everything reported."""
-    options = {"return_dict_in_generate": True, "output_logits": True, "logits_processor": unrest(seed)}
-    options |= {"max_new_tokens": max_new_tokens, "eos_token_id": ends, "pad_token_id": 0}
+    options = {"return_dict_in_generate": True, "output_logits": True, "output_scores": True}
+    options |= {
+        "logits_processor": unrest(seed),
+        "max_new_tokens": max_new_tokens,
+        "eos_token_id": ends,
+        "pad_token_id": 0,
+    }
     return model.generate(**inputs, **(options | kwargs))
 
 
@@ -79,8 +84,8 @@ def assert_equal_or_tied(ours, others, recording: Recording | None = None, thres
     """Every row of `ours` says what its counterpart in `others` says, or first differs from it at a near tie.
 
     Args:
-        ours: An output with logits, batch B.
-        others: Outputs of batch 1 with logits, one per row of `ours`; without `layers_run` only tokens are compared.
+        ours: An output with scores, batch B.
+        others: Outputs of batch 1, one per row of `ours`; without `layers_run` only tokens are compared.
         recording: The confidences that `ours` was decided by.
 
     Returns:
@@ -101,7 +106,6 @@ def first_difference(ours, other, row: int, recording: Recording | None, thresho
     prompt = ours.sequences.shape[1] - ours.layers_run.shape[1]
     our_tokens, other_tokens = ours.sequences[row, prompt:].tolist(), other.sequences[0, prompt:].tolist()
     length = min(len(our_tokens), len(other_tokens))
-    assert not any(our_tokens[length:] + other_tokens[length:]), f"row {row} goes on after the other has ended"
     has_layers = getattr(other, "layers_run", None) is not None
     for step in range(length):
         if has_layers and ours.layers_run[row, step] != other.layers_run[0, step]:
@@ -109,8 +113,9 @@ def first_difference(ours, other, row: int, recording: Recording | None, thresho
             margin = abs(recording.seen[row, prompt - 1 + step, layer] - threshold) if recording and layer else 1.0
             return Tie(row, step, "confidence", margin)
         if our_tokens[step] != other_tokens[step]:
-            top = ours.logits[step][row].topk(2).values
-            return Tie(row, step, "logits", float((top[0] - top[1]) / top.abs().max().clamp(min=1)))
+            top = ours.scores[step][row].topk(2).values
+            return Tie(row, step, "scores", float((top[0] - top[1]) / top.abs().max().clamp(min=1)))
+    assert not any(our_tokens[length:] + other_tokens[length:]), f"row {row} goes on after the other has ended"
     return None
 
 
@@ -132,7 +137,7 @@ def never_equals_stock(stock, model, inputs, seed: int = 0, **kwargs):
 
 
 def logit_tolerance(model) -> dict[str, float]:
-    """What `assert_close` is told: its own tolerance of fp32, which logits are reported in, unless the model is half."""
+    """What `assert_close` is told: its own tolerance for the fp32 that logits are reported in, unless in half."""
     return {"atol": 2e-2, "rtol": 2e-2} if model.dtype in (torch.float16, torch.bfloat16) else {}
 
 

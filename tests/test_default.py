@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from functools import lru_cache
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from transformers import AutoTokenizer, T5ForConditionalGeneration
 
 from hf_earlyexit.default import CHECKPOINT, default_inputs, load_default
-from tests import laws
+from tests import laws, tiny
 from tests.watching import Recording, Scripted, pseudo_random_script
 
 
@@ -31,7 +32,13 @@ def batches(texts: list[str], size: int = 16):
 
 
 def generate(model, inputs, **kwargs):
-    return model.generate(**inputs, max_new_tokens=48, return_dict_in_generate=True, output_logits=True, **kwargs)
+    return model.generate(**inputs, max_new_tokens=48, return_dict_in_generate=True, output_scores=True, **kwargs)
+
+
+def differences(output, expected) -> list[laws.Tie]:
+    """Where the rows of `output` first say something else than those of a stock output."""
+    rows = [SimpleNamespace(sequences=expected.sequences[row : row + 1]) for row in range(len(expected.sequences))]
+    return [tie for row, one in enumerate(rows) if (tie := laws.first_difference(output, one, row, None, 0.0))]
 
 
 def alone(stock, inputs, row: int, **kwargs):
@@ -46,10 +53,7 @@ def test_never_equals_stock_on_200_inputs():
     for inputs in batches(INPUTS):
         output = generate(model, inputs)
         expected = generate(stock, inputs)
-        rows = [
-            type("Row", (), {"sequences": expected.sequences[row : row + 1]}) for row in range(len(expected.sequences))
-        ]
-        ties += [tie for row, one in enumerate(rows) if (tie := laws.first_difference(output, one, row, None, 0.0))]
+        ties += differences(output, expected)
     print("ties:", ties)
     assert len(ties) <= 1 and all(tie.margin <= laws.TOLERANCE for tie in ties)
 
@@ -75,6 +79,32 @@ def test_batch_equals_rows_alone(criterion, count):
         print(f"{criterion} {threshold}: {count} rows, layers {sorted(depths - {0})}, ties: {ties}")
         assert len(ties) <= 0.005 * count and all(tie.margin <= laws.TOLERANCE for tie in ties)
         assert len(depths - {0}) >= 3
+
+
+def test_fixed_exit_equals_cut_stock():
+    """Law 2 on a trained model, with the tie rule."""
+    stock, model, _ = shipped()
+    ties = []
+    for inputs in batches(INPUTS[:32]):
+        for layer in (1, 3, 6, 8):
+            output = generate(model, inputs, exit_criterion="fixed", exit_layer=layer)
+            expected = generate(tiny.cut_to(stock, layer), inputs)
+            ties += differences(output, expected)
+            assert set(output.layers_run.unique().tolist()) <= {0, layer}
+    assert ties == []
+
+
+def test_work_reported_is_work_executed_and_survives_saving(tmp_path):
+    """Laws 7 and 8 on a trained model."""
+    _, model, _ = shipped()
+    inputs = next(batches(INPUTS[:7]))
+    call = {"exit_criterion": "softmax", "exit_threshold": 0.9, "max_new_tokens": 48, "logits_processor": None}
+    output = laws.work_is_what_ran(model, inputs, ends=[1], **call)
+    laws.assert_not_vacuous(output, 8)
+    model.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path).eval()
+    other = laws.generate(again, inputs, ends=[1], **call)
+    assert torch.equal(output.sequences, other.sequences) and torch.equal(output.layers_run, other.layers_run)
 
 
 def test_lazy_and_eager_follow_frozen_rows():
@@ -109,7 +139,7 @@ def test_the_shipped_model_is_what_its_card_says():
     assert sum(path.stat().st_size for path in CHECKPOINT.iterdir()) < 40e6
     assert len(default_inputs()) == 8 and not set(default_inputs()) & set(INPUTS)
     inputs = tokenizer(
-        INPUTS[:1] + ["describe: name[Blue Spice], eatType[coffee shop]"], return_tensors="pt", padding=True
+        [INPUTS[0], "describe: name[Blue Spice], eatType[coffee shop]"], return_tensors="pt", padding=True
     )
     text = tokenizer.batch_decode(model.generate(**inputs, max_new_tokens=48), skip_special_tokens=True)[1]
     assert "Blue Spice" in text and "coffee shop" in text

@@ -16,9 +16,10 @@ SEEDS = (0, 1, 2)
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("batch_size", (1, 4, 7))
-def test_never_equals_stock(family, batch_size):
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float64))
+def test_never_equals_stock(family, batch_size, dtype):
     for seed in SEEDS:
-        stock, model = tiny_pair(family, seed)
+        stock, model = tiny_pair(family, seed, dtype)
         output = laws.never_equals_stock(stock, model, tiny_inputs(batch_size, seed), seed)
     if batch_size > 1:
         assert len(set((output.layers_run > 0).sum(1).tolist())) > 1, "no row ended before another"
@@ -52,9 +53,10 @@ def test_never_is_never_under_every_schedule(schedule):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_fixed_exit_equals_cut_stock(family):
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float64))
+def test_fixed_exit_equals_cut_stock(family, dtype):
     for seed in SEEDS:
-        stock, model = tiny_pair(family, seed)
+        stock, model = tiny_pair(family, seed, dtype)
         for layer in range(1, NUM_LAYERS + 1):
             laws.fixed_exit_equals_cut_stock(stock, model, tiny_inputs(4, seed), layer, seed)
     laws.fixed_exit_equals_cut_stock(stock, model, tiny_inputs(3, seed), 2, seed, num_beams=3)

@@ -53,6 +53,7 @@ BAD_ARGUMENTS = [
     (ON | {"prefill_chunk_size": 4}, "`prefill_chunk_size=4`"),
     (ON | {"guidance_scale": 2.0}, "`guidance_scale=2.0`"),
     (ON | {"assistant_model": "another"}, "`assistant_model`"),
+    (ON | {"is_assistant": True}, "being the assistant of another model"),
     (ON | {"exit_treshold": 0.5}, "exit_treshold"),
 ]
 
@@ -74,23 +75,24 @@ def test_bad_arguments_are_refused_by_name(model, arguments, message, monkeypatc
     assert (model.generation_config.to_dict(), model.config.to_dict()) == before
 
 
-def test_training_mode_is_refused_and_trained_classifiers_are_not(model):
+def test_training_mode_is_refused(model):
     model.train()
     try:
         with pytest.raises(ValueError, match="training mode: call `model.eval\\(\\)`"):
             model.generate(**tiny_inputs(2), max_new_tokens=3, **ON)
     finally:
         model.eval()
-    for trained in (False, True):
-        config = EarlyExitConfig(classifier=ClassifierConfig("mlp", shared=False, trained=trained))
-        _, with_classifiers = tiny_pair("tied", 0, early_exit=config)
-        call = {"exit_criterion": "classifier", "exit_threshold": 0.5, "return_dict_in_generate": True}
-        if trained:
-            output = with_classifiers.generate(**tiny_inputs(2), max_new_tokens=3, **call)
-            assert (output.layers_run[output.layers_run > 0] < NUM_LAYERS).any()
-        else:
-            with pytest.raises(ValueError, match="untrained.*train `model.exit_heads.classifiers`"):
-                with_classifiers.generate(**tiny_inputs(2), max_new_tokens=3, **call)
+
+
+def test_untrained_classifiers_are_refused_with_the_remedy():
+    config = EarlyExitConfig(classifier=ClassifierConfig("mlp", shared=False))
+    _, model = tiny_pair("tied", 0, early_exit=config)
+    call = {"exit_criterion": "classifier", "exit_threshold": 0.5, "return_dict_in_generate": True}
+    with pytest.raises(ValueError, match="untrained.*then set `model.config.early_exit.*trained.* = True`"):
+        model.generate(**tiny_inputs(2), max_new_tokens=3, **call)
+    model.config.early_exit["classifier"]["trained"] = True
+    output = model.generate(**tiny_inputs(2), max_new_tokens=3, **call)
+    assert (output.layers_run[output.layers_run > 0] < NUM_LAYERS).any()
 
 
 def test_attention_without_live_rows_is_refused(model):
