@@ -69,6 +69,7 @@ class EarlyExitCache(Cache):
         self.dtype, self.device = dtype, torch.device(device)
         self.fill, self.catch_up_mode = fill, catch_up
         self.keys, self.values = self._new_arena(capacity), self._new_arena(capacity)
+        self.device = self.keys.device  # with its number, where a device has one
         self.parked: torch.Tensor | None = None
         self.encoder_states: torch.Tensor | None = None
         self.prompts = list(range(batch_size))

@@ -114,8 +114,10 @@ class EarlyExitGenerationMixin:
         passed = kwargs.get("generation_config", args[1] if len(args) > 1 else None)
         settings = ExitSettings.merge(given, passed, self.generation_config)
         settings.check_against(self.early_exit, self.config.num_decoder_layers)
-        if settings.early_exit:
-            _refuse(_not_supported_before_loading(kwargs))
+        if problems := _around_the_hooks(kwargs):
+            if settings.early_exit:
+                _refuse(problems)
+            return super().generate(*args, **kwargs)
         return super().generate(*args, exit_settings=settings, **kwargs)
 
     # --- hooks of the library's `generate`, in the order it calls them ----------------------------------------------
@@ -218,8 +220,8 @@ def _refuse(problems: list[str]) -> None:
         raise ValueError(f"Early exit does not go with {'; '.join(problems)}. Or pass `early_exit=False`.")
 
 
-def _not_supported_before_loading(kwargs: dict[str, Any]) -> list[str]:
-    """What among the keywords of `generate` would bypass the hooks, each with the remedy."""
+def _around_the_hooks(kwargs: dict[str, Any]) -> list[str]:
+    """What among the keywords of `generate` would go around the hooks, each with the remedy."""
     problems = []
     if kwargs.get("custom_generate") is not None:
         problems.append("`custom_generate`, which brings its own loop: leave it out")

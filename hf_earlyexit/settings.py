@@ -71,7 +71,7 @@ class ExitSettings:
         if not isinstance(self.early_exit, bool):
             raise ValueError(f"`early_exit` must be True or False, got {self.early_exit!r}.")
         _check_choice("exit_criterion", self.exit_criterion, CRITERIA, "confidence", "one with `confidence(point)`")
-        _check_choice("exit_schedule", self._schedule_name, SCHEDULES, "threshold_at", "one with `threshold_at`")
+        self._check_schedule()
         _check_choice("batch_exit", self.batch_exit, BATCH_RULES)
         _check_choice("fill", self.fill, FILLS)
         threshold = self.exit_threshold
@@ -154,10 +154,8 @@ class ExitSettings:
         """The threshold schedule as an object. `"fixed"` is sure or not at all, so any threshold between serves it."""
         if self._has_own_schedule:
             return self.exit_schedule
-        options = dict(self.exit_schedule) if isinstance(self.exit_schedule, dict) else {}
-        options.pop("name", None)
         threshold = 0.5 if self.exit_criterion == "fixed" else self.exit_threshold
-        return SCHEDULES[self._schedule_name](threshold, **options)
+        return SCHEDULES[self._schedule_name](threshold, **self._schedule_options)
 
     @property
     def _has_own_schedule(self) -> bool:
@@ -165,16 +163,23 @@ class ExitSettings:
 
     @property
     def _schedule_name(self) -> Any:
-        if not isinstance(self.exit_schedule, dict):
-            return self.exit_schedule
-        name = self.exit_schedule.get("name")
-        allowed = {"name"} | {one.name for one in fields(SCHEDULES[name])} - {"threshold"} if name in SCHEDULES else {}
-        if name in SCHEDULES and set(self.exit_schedule) - allowed:
-            raise ValueError(f"`exit_schedule={self.exit_schedule}` may have {sorted(allowed)}.")
-        tau = self.exit_schedule.get("tau", 0)
-        if not is_number(tau) or tau < 0:
-            raise ValueError(f"`tau` of `exit_schedule` must be a number from 0 on, got {tau!r}.")
-        return name
+        return self.exit_schedule.get("name") if isinstance(self.exit_schedule, dict) else self.exit_schedule
+
+    @property
+    def _schedule_options(self) -> dict[str, Any]:
+        values = self.exit_schedule if isinstance(self.exit_schedule, dict) else {}
+        return {name: value for name, value in values.items() if name != "name"}
+
+    def _check_schedule(self) -> None:
+        _check_choice("exit_schedule", self._schedule_name, SCHEDULES, "threshold_at", "one with `threshold_at`")
+        if self._has_own_schedule:
+            return
+        allowed = {one.name for one in fields(SCHEDULES[self._schedule_name])} - {"threshold"}
+        if set(self._schedule_options) - allowed:
+            raise ValueError(f"`exit_schedule={self.exit_schedule}` may have {['name', *sorted(allowed)]}.")
+        for name, value in self._schedule_options.items():
+            if not is_number(value) or value < 0:
+                raise ValueError(f"`{name}` of `exit_schedule` must be a number from 0 on, got {value!r}.")
 
 
 def _set_values(config: GenerationConfig | None) -> dict[str, Any]:

@@ -184,6 +184,18 @@ def test_what_early_exit_refuses_works_at_full_depth_as_in_stock():
         assert torch.equal(expected, output)
 
 
+def test_own_loops_are_the_librarys_at_full_depth():
+    seen = {}
+
+    def loop(model, input_ids, generation_config, past_key_values, **kwargs):
+        seen["cache"], seen["names"] = past_key_values, set(kwargs)
+        return input_ids
+
+    _, model = tiny_pair("tied", 0)
+    model.generate(**tiny_inputs(1), max_new_tokens=3, custom_generate=loop)
+    assert isinstance(seen["cache"], EncoderDecoderCache) and not any("exit" in name for name in seen["names"])
+
+
 def test_settings_merge_call_over_passed_over_stored():
     stored = GenerationConfig(exit_criterion="state", exit_threshold=0.9, batch_exit="batch", early_exit=True)
     passed = GenerationConfig(exit_threshold=0.7)
