@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, T5Config, T5ForConditionalGeneration
 
 import hf_earlyexit
 from hf_earlyexit import EarlyExitConfig, EarlyExitT5ForConditionalGeneration, demo, report
-from hf_earlyexit.cli import main
+from hf_earlyexit.cli import DEMO_EXAMPLE, ENV_EXAMPLE, GENERATE_EXAMPLE, build_parser, load, main
 from hf_earlyexit.default import CHECKPOINT, default_inputs, load_default
 from hf_earlyexit.policies import BATCH_RULES, CRITERIA, SCHEDULES
 
@@ -93,6 +93,8 @@ def test_demo_counts_the_tokens_of_each_layer(demo_text, direct):
         assert numbers_behind(f"layer {layer}", demo_text)[0] == int((layers_run == layer).sum()) > 0
     assert numbers_behind("layer 8, the last", demo_text)[0] == int((layers_run == 8).sum()) > 0
     assert numbers_behind("all", demo_text)[0] == int((layers_run > 0).sum())
+    left_early = int(((layers_run > 0) & (layers_run < 8)).sum())
+    assert f"Of the {left_early} tokens that left early" in demo_text
 
 
 def test_demo_shows_the_texts_of_full_depth_and_of_early_exit(demo_text, direct):
@@ -142,6 +144,8 @@ def test_demo_marks_the_tokens_that_full_depth_would_not_write(demo_text, direct
     assert 0 < marks < tokens
     assert sum(text.count("*") for text in texts_behind("  early exit", demo_text)) == marks
     assert numbers_behind("all", demo_text) == [tokens, tokens - marks]
+    by_layer = [numbers_behind(f"layer {layer}", demo_text)[1] for layer in (*demo.EXIT_LAYERS, "8, the last")]
+    assert sum(by_layer) == tokens - marks
 
 
 def test_demo_says_how_it_measured_and_whether_it_was_slower(demo_text):
@@ -172,7 +176,9 @@ def test_demo_colours_when_told_to(capsys, monkeypatch):
     text = capsys.readouterr().out
     assert f"\x1b[38;5;16;48;5;{report.colour_of(3, 8)}m" in text
     assert numbers_behind("layer 3", text)[0] == numbers_behind("all", text)[0] > 0
-    assert "exit_criterion='fixed', exit_layer=3" in text
+    assert "load_default(EarlyExitConfig([3]))" in text
+    assert "model.generate(**batch, exit_criterion='fixed', exit_layer=3, max_new_tokens=3)" in text
+    assert "After decoder layer 3 of 8" in text
     assert "²" not in text
 
 
@@ -332,8 +338,10 @@ def test_generate_follows_the_settings_stored_with_a_model(lines, text_file, tin
     assert lines(*options, "--no-early-exit")[0]["layers_run"] == [3] * 4
 
 
-def test_generate_takes_a_dtype(lines, text_file, tiny_checkpoints):
-    assert lines("--model", tiny_checkpoints[0], "--input-file", text_file, "--dtype", "bfloat16", *FLAGS)
+def test_generate_loads_in_the_dtype_that_is_asked_for(tiny_checkpoints):
+    arguments = ["generate", "--input-file", "-", "--model", str(tiny_checkpoints[0])]
+    assert load(build_parser().parse_args(arguments))[0].dtype == torch.float32
+    assert load(build_parser().parse_args([*arguments, "--dtype", "bfloat16"]))[0].dtype == torch.bfloat16
 
 
 # --- refusals -------------------------------------------------------------------------------------------------------
@@ -465,8 +473,6 @@ def test_help_names_every_choice_and_the_true_defaults(capsys):
 
 
 def test_the_examples_of_the_help_are_read(capsys):
-    from hf_earlyexit.cli import DEMO_EXAMPLE, ENV_EXAMPLE, GENERATE_EXAMPLE, build_parser
-
     for example in (DEMO_EXAMPLE, GENERATE_EXAMPLE, ENV_EXAMPLE):
         for command in example.replace("\\\n", " ").splitlines()[1:]:
             program, *arguments = command.replace('"summarize: "', "summarize:").split()

@@ -91,6 +91,7 @@ def test_lines_are_cut_at_spaces_and_escapes_take_no_room():
     lines = report.wrap(" ".join(words), 15)
     assert [report.ESCAPES.sub("", line) for line in lines] == ["the quick brown", "fox jumps over", "the lazy dog"]
     assert report.wrap(plain, 15) == ["the quick brown", "fox jumps over", "the lazy dog"]
+    assert report.wrap("the quick brown", 14) == ["the quick", "brown"]
     assert report.wrap("incomprehensible", 5) == ["incomprehensible"]
 
 

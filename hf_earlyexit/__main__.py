@@ -1,0 +1,9 @@
+"""Answers for `python -m hf_earlyexit`."""
+
+import sys
+
+from hf_earlyexit.cli import main
+
+
+if __name__ == "__main__":
+    sys.exit(main())

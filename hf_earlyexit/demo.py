@@ -1,0 +1,368 @@
+"""Answers for what `hf-earlyexit demo` tries and says: the shipped model beside stock, counted and timed in one run.
+
+`run_trial` tries, `describe` says; every number is counted or measured by the trial. How it looks is `report.py`'s.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import Any
+
+import torch
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase, T5ForConditionalGeneration
+from transformers.utils import logging
+
+from hf_earlyexit import report
+from hf_earlyexit.config import EarlyExitConfig
+from hf_earlyexit.default import CHECKPOINT, default_inputs, load_default
+from hf_earlyexit.generation import EarlyExitGenerateOutput
+from hf_earlyexit.models import EarlyExitT5ForConditionalGeneration
+from hf_earlyexit.settings import ExitSettings
+
+
+EXIT_LAYERS = (2, 4, 6)
+THRESHOLD = 0.85
+REPETITIONS = 5
+LABEL_WIDTH = 14
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One batch at full depth and with early exit.
+
+    Attributes:
+        inputs: The texts of the batch.
+        settings: The exit settings, keywords of `generate`.
+        max_new_tokens: Tokens per text at most.
+        exit_layers: Layers at which tokens are asked.
+        tokenizer: Of the model.
+        num_layers: Of the decoder.
+        head_in_layers: Weights of the vocabulary head, in decoder layers.
+        stock: `[batch, T]`, the ids that stock Transformers writes.
+        full: What the early-exit model does with `early_exit=False`.
+        early: What it does with `settings`.
+        choices: The token that stock would write next behind each prefix of the early-exit texts, shaped like them.
+        stock_seconds: Time of stock's `generate`, once per repetition.
+        early_seconds: Time of ours, taken in turn with stock's.
+    """
+
+    inputs: list[str]
+    settings: dict[str, Any]
+    max_new_tokens: int
+    exit_layers: Sequence[int]
+    tokenizer: PreTrainedTokenizerBase
+    num_layers: int
+    head_in_layers: float
+    stock: torch.Tensor
+    full: EarlyExitGenerateOutput
+    early: EarlyExitGenerateOutput
+    choices: torch.Tensor
+    stock_seconds: list[float]
+    early_seconds: list[float]
+
+    @property
+    def new_tokens(self) -> torch.Tensor:
+        """`[batch, T]`, the ids that early exit wrote, without the decoder's start."""
+        return self.early.sequences[:, 1:]
+
+    @property
+    def written(self) -> torch.Tensor:
+        """`[batch, T]`, True where a text had not ended yet: each of these is a token that was paid for."""
+        return self.early.layers_run > 0
+
+    @property
+    def left_early(self) -> torch.Tensor:
+        return self.written & (self.early.layers_run < self.num_layers)
+
+    @property
+    def as_full_depth(self) -> torch.Tensor:
+        """`[batch, T]`, True where full depth would have written the same token behind the same text."""
+        return self.written & (self.new_tokens == self.choices)
+
+    @cached_property
+    def stock_texts(self) -> list[str]:
+        return self.tokenizer.batch_decode(self.stock, skip_special_tokens=True)
+
+    @cached_property
+    def early_texts(self) -> list[str]:
+        return self.tokenizer.batch_decode(self.early.sequences, skip_special_tokens=True)
+
+    @property
+    def equal_texts(self) -> int:
+        return sum(early == stock for early, stock in zip(self.early_texts, self.stock_texts))
+
+    def unended(self, sequences: torch.Tensor) -> int:
+        """How many texts were cut off by the limit."""
+        return int((sequences != self.tokenizer.eos_token_id).all(dim=1).sum())
+
+
+# --- trying ---------------------------------------------------------------------------------------------------------
+
+
+def run_trial(
+    settings: dict[str, Any], exit_layers: Sequence[int] | None = None, max_new_tokens: int | None = None
+) -> Trial:
+    """Try the shipped model on its shipped inputs, as one batch, on one thread.
+
+    Args:
+        settings: Exit settings, keywords of `generate`. Softmax, and a threshold where one is needed, if left out.
+        exit_layers: Layers with an exit point; if None `EXIT_LAYERS`, or all for the criterion `"fixed"`.
+        max_new_tokens: Tokens per text at most; the checkpoint's own limit if None.
+
+    Raises:
+        ValueError: A setting is not legal.
+    """
+    settings = with_defaults(settings)
+    model, tokenizer, stock = load_models(settings, exit_layers)
+    inputs = default_inputs()
+    max_new_tokens = max_new_tokens or model.generation_config.max_new_tokens
+    batch = dict(tokenizer(inputs, return_tensors="pt", padding=True), max_new_tokens=max_new_tokens)
+    early = partial(model.generate, **batch, **settings, return_dict_in_generate=True)
+    with one_thread():
+        early_output = early()
+        full_output = model.generate(**batch, early_exit=False, return_dict_in_generate=True)
+        stock_ids = stock.generate(**batch)
+        choices = full_depth_choices(stock, batch, early_output.sequences)
+        stock_seconds, early_seconds = time_in_turn(partial(stock.generate, **batch), early)
+    return Trial(
+        inputs=inputs,
+        settings=settings,
+        max_new_tokens=max_new_tokens,
+        exit_layers=asked_layers(model, settings),
+        tokenizer=tokenizer,
+        num_layers=model.config.num_decoder_layers,
+        head_in_layers=head_in_layers(model),
+        stock=stock_ids,
+        full=full_output,
+        early=early_output,
+        choices=choices,
+        stock_seconds=stock_seconds,
+        early_seconds=early_seconds,
+    )
+
+
+def with_defaults(settings: dict[str, Any]) -> dict[str, Any]:
+    """`settings` with the demo's criterion, and its threshold unless the criterion is a fixed layer."""
+    settings = {"exit_criterion": "softmax", **settings}
+    if settings["exit_criterion"] != "fixed":
+        settings.setdefault("exit_threshold", THRESHOLD)
+    return settings
+
+
+def load_models(
+    settings: dict[str, Any], exit_layers: Sequence[int] | None
+) -> tuple[EarlyExitT5ForConditionalGeneration, PreTrainedTokenizerBase, T5ForConditionalGeneration]:
+    """The shipped model, its tokenizer, and the same checkpoint in its stock class."""
+    if exit_layers is None and settings["exit_criterion"] != "fixed":
+        exit_layers = EXIT_LAYERS
+    with quiet_loading():
+        model, tokenizer = load_default(EarlyExitConfig(exit_layers))
+        stock = T5ForConditionalGeneration.from_pretrained(CHECKPOINT, dtype=torch.float32).eval()
+    return model, tokenizer, stock
+
+
+def asked_layers(model: EarlyExitT5ForConditionalGeneration, settings: dict[str, Any]) -> list[int]:
+    """The layers at which a call with these settings asks."""
+    points = ExitSettings.merge(settings, None, None).exit_points(model.early_exit, model.config.num_decoder_layers)
+    return sorted(points)
+
+
+@torch.no_grad()
+def full_depth_choices(stock: T5ForConditionalGeneration, batch: dict[str, Any], sequences: torch.Tensor):
+    """`[batch, T]`, the token that `stock` would write behind each prefix of `sequences [batch, 1 + T]`."""
+    logits = stock(
+        input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], decoder_input_ids=sequences[:, :-1]
+    ).logits
+    return logits.argmax(dim=-1)
+
+
+def head_in_layers(model: torch.nn.Module) -> float:
+    """How many decoder layers weigh as much as the vocabulary head."""
+    layer = sum(parameter.numel() for parameter in model.decoder.block[-1].parameters())
+    return model.lm_head.weight.numel() / layer
+
+
+def time_in_turn(stock: Callable[[], Any], early: Callable[[], Any]) -> tuple[list[float], list[float]]:
+    """Seconds of `REPETITIONS` calls of each, taken in turn so that both meet the same machine."""
+    stock_seconds, early_seconds = [], []
+    for _ in tqdm(range(REPETITIONS), "timing", delay=2, leave=False, disable=None):
+        stock_seconds.append(seconds(stock))
+        early_seconds.append(seconds(early))
+    return stock_seconds, early_seconds
+
+
+def seconds(call: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Torch on one thread, so that times do not depend on how many cores happen to be free."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@contextmanager
+def quiet_loading() -> Iterator[None]:
+    """No progress bars of the library while two small models are loaded."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+# --- saying ---------------------------------------------------------------------------------------------------------
+
+
+def describe(trial: Trial, colour: bool, width: int) -> str:
+    """The whole demo as text of `width` columns, with or without escape codes."""
+    parts = [
+        introduction(trial, width),
+        explanation(trial, colour, width),
+        *(example(trial, row, colour, width) for row in range(len(trial.inputs))),
+        tokens_by_layer(trial),
+        work(trial),
+        verdict(trial, width),
+        about_untrained_exits(trial, width),
+        what_next(),
+    ]
+    return "\n\n".join(parts)
+
+
+def introduction(trial: Trial, width: int) -> str:
+    settings = ", ".join(f"{name}={value!r}" for name, value in trial.settings.items())
+    text = (
+        f"A small T5 describes {len(trial.inputs)} restaurants. After decoder layer {_list(trial.exit_layers)} of "
+        f"{trial.num_layers} the criterion says how sure each token is. One that is sure enough leaves: it is written "
+        "as it stands, and the layers above do not run for it. In Python:"
+    )
+    points = f"EarlyExitConfig({list(trial.exit_layers)})" if trial.exit_layers else ""
+    return (
+        f"{report.paragraph(text, width)}\n\n"
+        f"    model, tokenizer = load_default({points})\n"
+        f"    model.generate(**batch, {settings}, max_new_tokens={trial.max_new_tokens})"
+    )
+
+
+def explanation(trial: Trial, colour: bool, width: int) -> str:
+    """How to read the texts that follow."""
+    key = report.legend(trial.exit_layers, trial.num_layers, colour, marked="not what full depth would write")
+    return report.labelled("left after", key, width, LABEL_WIDTH)
+
+
+def example(trial: Trial, row: int, colour: bool, width: int) -> str:
+    """One input with its two texts."""
+    lines = (
+        (f"{row + 1} input", trial.inputs[row]),
+        ("  full depth", trial.stock_texts[row]),
+        ("  early exit", coloured_text(trial, row, colour)),
+    )
+    return "\n".join(report.labelled(label, text, width, LABEL_WIDTH) for label, text in lines)
+
+
+def coloured_text(trial: Trial, row: int, colour: bool) -> str:
+    """The text of one row. End and padding have no text, but the tables count them."""
+    ids = trial.new_tokens[row].tolist()
+    shown = [place for place, token in enumerate(ids) if token not in trial.tokenizer.all_special_ids]
+    if not shown:
+        return f"(no text: {trial.written[row].sum()} tokens such as {trial.tokenizer.convert_ids_to_tokens(ids[0])})"
+    tokens = trial.tokenizer.convert_ids_to_tokens([ids[place] for place in shown])
+    layers = trial.early.layers_run[row, shown].tolist()
+    differs = (~trial.as_full_depth[row, shown]).nonzero().flatten().tolist()
+    return report.colour_tokens(tokens, layers, trial.num_layers, colour, marked=differs)
+
+
+def tokens_by_layer(trial: Trial) -> str:
+    """Where the tokens left, and whether full depth would have written them."""
+    rows = []
+    for layer in (*trial.exit_layers, trial.num_layers):
+        here = trial.early.layers_run == layer
+        name = f"layer {layer}" if layer < trial.num_layers else f"layer {layer}, the last"
+        rows.append((name, f"{here.sum()}", f"{(here & trial.as_full_depth).sum()}"))
+    rows.append(("all", f"{trial.written.sum()}", f"{trial.as_full_depth.sum()}"))
+    return report.table(("left after", "tokens", "as full depth would write"), rows)
+
+
+def work(trial: Trial) -> str:
+    """What ran, early exit beside full depth."""
+    early, full = trial.early, trial.full
+    tokens, full_tokens = int(trial.written.sum()), int((full.layers_run > 0).sum())
+    layers, full_layers = int(early.layer_rows.sum()), int(full.layer_rows.sum())
+    rows = [
+        _compare("tokens written", tokens, full_tokens),
+        _compare("decoder layers run, for one token each", layers, full_layers),
+        _compare("  per token", layers / tokens, full_layers / full_tokens, "{:.2f}"),
+        _compare("skipped layers caught up on (keys and values)", int(early.filled_positions.sum()), 0),
+        _compare("vocabulary heads run", int(early.head_rows.sum()), int(full.head_rows.sum())),
+        _compare(f"milliseconds, median of {len(trial.early_seconds)}", *_milliseconds(trial), "{:.0f}"),
+        ("texts equal to full depth", f"{trial.equal_texts} of {len(trial.inputs)}", "", ""),
+    ]
+    return report.table(("", "early exit", "full depth", "ratio"), rows)
+
+
+def _compare(name: str, early: float, full: float, style: str = "{}") -> tuple[str, str, str, str]:
+    return name, style.format(early), style.format(full), report.ratio(early, full)
+
+
+def _milliseconds(trial: Trial) -> tuple[float, float]:
+    return 1000 * statistics.median(trial.early_seconds), 1000 * statistics.median(trial.stock_seconds)
+
+
+def verdict(trial: Trial, width: int) -> str:
+    """Whether it was faster, in plain words, and how that was measured."""
+    early, stock = _milliseconds(trial)
+    heads, full_heads = int(trial.early.head_rows.sum()), int(trial.full.head_rows.sum())
+    same = "equal" if torch.equal(trial.full.sequences, trial.stock) else "DIFFER FROM"
+    return report.paragraph(
+        f"Time: early exit was {'slower' if early > stock else 'faster'} than stock here, {early / stock:.2f} of its "
+        f"time. It ran {heads} vocabulary heads, which turn states into words, instead of {full_heads}; each has the "
+        f"weights of {trial.head_in_layers:.1f} of this model's decoder layers. Measured: wall-clock of both "
+        f"`generate` in turn, {len(trial.inputs)} texts as one batch, 1 CPU thread. Full depth is timed with plain "
+        f"Transformers and counted with `early_exit=False`, whose tokens {same} plain Transformers'.",
+        width,
+    )
+
+
+def about_untrained_exits(trial: Trial, width: int) -> str:
+    """What leaving early did to the texts, and why."""
+    early, wrong = int(trial.left_early.sum()), int((trial.left_early & ~trial.as_full_depth).sum())
+    repeated = int((trial.written[:, 1:] & (trial.new_tokens[:, 1:] == trial.new_tokens[:, :-1])).sum())
+    return report.paragraph(
+        "Text: these exits are untrained. The shipped model is a plain T5, so an exit reads an unfinished state with "
+        f"the last layer's head. Of the {early} tokens that left early, {wrong} were not what full depth would have "
+        f"written there, and all that follows builds on them: {len(trial.inputs) - trial.equal_texts} of "
+        f"{len(trial.inputs)} texts differ, {repeated} tokens repeat the one before, "
+        f"{trial.unended(trial.early.sequences)} texts did not end within {trial.max_new_tokens} tokens (at full "
+        f"depth {trial.unended(trial.stock)}). A model with trained exits saves and errs differently: measure yours.",
+        width,
+    )
+
+
+def what_next() -> str:
+    return "\n".join(
+        (
+            "Try  hf-earlyexit demo --threshold 0.6     leave sooner, and watch the text break",
+            "     hf-earlyexit demo --exit-layers 7     ask once, late",
+            "     hf-earlyexit generate --help          your own model and inputs",
+        )
+    )
+
+
+def _list(numbers: Sequence[int]) -> str:
+    *first, last = map(str, numbers or ["none"])
+    return f"{', '.join(first)} and {last}" if first else last
