@@ -41,14 +41,12 @@ def attend(
     """
     if key.shape[0] == query.shape[0]:
         return scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=scaling)
-    outputs, start = [], 0
-    for run in live_rows.runs:
-        here = slice(start, start + run.stop - run.start)
+    outputs = []
+    for run, here in zip(live_rows.runs, live_rows.places):
         run_bias = bias[here] if bias is not None and bias.shape[0] > 1 else bias
         outputs.append(
             scaled_dot_product_attention(query[here], key[run], value[run], attn_mask=run_bias, scale=scaling)
         )
-        start = here.stop
     return torch.cat(outputs)
 
 

@@ -181,7 +181,7 @@ class EarlyExitCache(Cache):
         missing = [place for place, row in enumerate(rows) if not filled[row]]
         if not missing:
             return
-        newcomers = rows.choose(missing)
+        newcomers = rows if len(missing) == len(rows) else rows.choose(missing)
         keys, values = project(layer, newcomers.select(self.encoder_states))
         if self.cross_keys[layer - 1] is None:
             shape = (self.num_rows, *keys.shape[1:])

@@ -327,6 +327,8 @@ def generate_batch(model, tokenizer, batch, arguments, tally: Tally) -> Iterator
     options = {name: getattr(arguments, name) for name in ("max_new_tokens", "num_beams")}
     options = {name: value for name, value in options.items() if value is not None}
     output = model.generate(**encoded, **options, **exit_settings(arguments), return_dict_in_generate=True)
+    if output.get("layers_run") is None:
+        raise ValueError("the model's generation_config asks for what the early-exit walk does not do: clear it there")
     tally.add(output)
     outputs = tokenizer.batch_decode(output.sequences, skip_special_tokens=True)
     return map(result_of, batch, outputs, output.layers_run.tolist())

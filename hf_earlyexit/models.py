@@ -115,6 +115,8 @@ def early_exit_config(config_class: type, path, config: PreTrainedConfig | None,
             name: kwargs.pop(name) for name in ("dtype", "torch_dtype", "attn_implementation") if name in kwargs
         }
         values, _ = config_class.get_config_dict(path, **kwargs)
+        if not values:
+            raise OSError(f"{str(path)!r} has no config.json.")
         model_type = values.get("model_type")
         family = {config_class.model_type: config_class, "t5": T5Config}.get(model_type)
         if family is None:

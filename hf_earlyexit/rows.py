@@ -11,6 +11,9 @@ from functools import cached_property
 import torch
 
 
+LARGE_ROW = 16_384
+
+
 class Rows:
     """Some rows of a batch, in ascending order.
 
@@ -58,6 +61,15 @@ class Rows:
                 runs.append(slice(row, row + 1))
         return runs
 
+    @cached_property
+    def places(self) -> list[slice]:
+        """Where each of `runs` lies in a tensor `[rows, ...]` of these rows."""
+        places, start = [], 0
+        for run in self.runs:
+            places.append(slice(start, start + run.stop - run.start))
+            start = places[-1].stop
+        return places
+
     def choose(self, places: Sequence[int]) -> Rows:
         """The rows at these places of this set."""
         return Rows([self.indices[place] for place in places], self.batch_size, self.device)
@@ -72,7 +84,9 @@ class Rows:
 
     def place(self, tensor: torch.Tensor, values: torch.Tensor) -> None:
         """Write `values [rows, ...]` into these rows of a batch tensor, in place."""
-        if len(self.runs) == 1:
-            tensor[self.runs[0]] = values
+        # A slice copies large rows twice as fast as an index does; of small ones an index copies all in one call.
+        if len(self.runs) == 1 or values[0].numel() >= LARGE_ROW:
+            for run, here in zip(self.runs, self.places):
+                tensor[run] = values[here]
         else:
             tensor.index_copy_(0, self.index, values)

@@ -64,7 +64,7 @@ class ExitSettings:
             values["early_exit"] = bool(asked) or values.get("early_exit", "exit_criterion" in values)
         settings = cls(**values)
         settings._check_values()
-        settings._check_company(set(explicit))
+        settings._check_company(set(explicit), explicit.get("early_exit"))
         return settings
 
     def _check_values(self) -> None:
@@ -83,8 +83,16 @@ class ExitSettings:
         if self.exit_layer is not None and not (is_integer(self.exit_layer) and self.exit_layer >= 1):
             raise ValueError(f"`exit_layer` must be an integer from 1 on, got {self.exit_layer!r}.")
 
-    def _check_company(self, explicit: set[str]) -> None:
-        """Check what goes with what; `explicit` are the names that the call itself has set."""
+    def _check_company(self, explicit: set[str], asked: bool | None) -> None:
+        """Check what goes with what.
+
+        Args:
+            explicit: The names that the call itself has set.
+            asked: The call's own `early_exit`; False lets the other settings rest.
+        """
+        idle = sorted({"exit_schedule", "batch_exit", "fill"} & explicit)
+        if idle and self.exit_criterion is None and asked is not False:
+            raise ValueError(f"`{idle[0]}` does nothing without an `exit_criterion`: one of {list(CRITERIA)}.")
         if "exit_layer" in explicit and self.exit_criterion != "fixed":
             raise ValueError(
                 f'`exit_layer={self.exit_layer}` goes with `exit_criterion="fixed"`, not {self.exit_criterion!r}.'

@@ -485,3 +485,13 @@ def test_the_package_runs_as_a_module():
     assert finished.returncode == 0
     assert "usage: hf-earlyexit" in finished.stdout
     assert all(verb in finished.stdout for verb in ("demo", "generate", "env"))
+
+
+def test_generate_names_a_stored_setting_that_the_walk_does_not_do(capsys, tmp_path):
+    model, tokenizer = load_default()
+    model.generation_config.use_cache = False
+    for part in (model, tokenizer):
+        part.save_pretrained(tmp_path / "model")
+    (tmp_path / "inputs.txt").write_text("describe: name[Cotto]\n")
+    arguments = ["--model", str(tmp_path / "model"), "--input-file", str(tmp_path / "inputs.txt")]
+    assert "generation_config asks for" in errors_of(["generate", *arguments, "--max-new-tokens", "2"], capsys)

@@ -255,7 +255,7 @@ def test_settings_of_a_call_never_leak(model):
 
 
 def test_two_threads_with_different_settings_on_one_model(model):
-    settings = [{"fill": "eager"}, SCRIPT, SOFTMAX, {"exit_criterion": "fixed", "exit_layer": 2}]
+    settings = [{}, SCRIPT | {"fill": "eager"}, SCRIPT, SOFTMAX, {"exit_criterion": "fixed", "exit_layer": 2}]
     inputs = [tiny_inputs(4, seed) for seed in range(len(settings))]
     expected = [laws.generate(model, one, **kwargs) for one, kwargs in zip(inputs, settings)]
     problems, barrier = [], threading.Barrier(len(settings))

@@ -159,7 +159,7 @@ def test_work_reported_is_work_executed(criterion, fill):
         "state": {"exit_criterion": "state", "exit_threshold": 0.8},
         "fixed": {"exit_criterion": "fixed", "exit_layer": 2},
         "script": {"exit_criterion": Scripted(pseudo_random_script(5, NUM_LAYERS)), "exit_threshold": 0.5},
-        None: {},
+        None: {"early_exit": False},
     }[criterion]
     output = laws.work_is_what_ran(model, inputs, fill=fill, **kwargs)
     executed = (output.layers_run[:, :, None] >= torch.arange(1, NUM_LAYERS + 1)).sum(dim=(0, 1))

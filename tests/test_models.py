@@ -132,6 +132,8 @@ def test_other_families_are_refused_by_name(tmp_path):
     UMT5Config(num_layers=2).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="'umt5'.*UMT5, which has a relative bias in every block"):
         EarlyExitT5ForConditionalGeneration.from_pretrained(tmp_path)
+    with pytest.raises(OSError, match="config.json"):
+        EarlyExitT5ForConditionalGeneration.from_pretrained(tmp_path.parent)
     with pytest.raises(ValueError, match="`config` must be a `T5Config`.*got `UMT5Config`"):
         EarlyExitT5ForConditionalGeneration.from_pretrained(tmp_path, config=UMT5Config())
     tiny_stock("tied", dtype=torch.float32).save_pretrained(tmp_path)

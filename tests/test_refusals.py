@@ -22,6 +22,8 @@ BAD_ARGUMENTS = [
     ({"exit_criterion": "softmax"}, "'softmax'` needs an `exit_threshold` in \\[0, 1\\]"),
     ({"exit_threshold": 0.5}, "needs an `exit_criterion`: one of"),
     ({"early_exit": True}, "needs an `exit_criterion`: one of"),
+    ({"fill": "eager"}, "`fill` does nothing without an `exit_criterion`"),
+    ({"batch_exit": "row", "exit_schedule": "calm"}, "`batch_exit` does nothing without"),
     ({"early_exit": "no"}, "`early_exit` must be True or False, got 'no'"),
     ({"exit_criterion": "softmax", "exit_threshold": 1.5}, "`exit_threshold` must be a number in \\[0, 1\\], got 1.5"),
     ({"exit_criterion": "softmax", "exit_threshold": "high"}, "`exit_threshold` must be a number"),
