@@ -4,7 +4,8 @@ Rows that left the decoder take no further compute, but their keys and values st
 the others would cost more than it saves. So a block runs on the hidden states of the live rows, the cache hands out
 views of all rows, and the function registered here attends for the live ones, one run of neighbouring rows at a time.
 
-Knows nothing of caches and criteria. Without `live_rows` it is the library's own implementation, unchanged.
+Knows nothing of caches and criteria. Without `live_rows` it is the library's own implementation, unchanged; with them,
+the same implementation on those rows.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from torch.nn.functional import scaled_dot_product_attention
+from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
@@ -23,30 +24,33 @@ PREFIX = "early_exit_"
 
 
 def attend(
+    stock: Callable,
+    module: nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    bias: torch.Tensor | None,
-    scaling: float | None,
     live_rows: Rows,
+    position_bias: torch.Tensor | None = None,
+    **kwargs,
 ) -> torch.Tensor:
-    """Attention of `query [live, heads, length, head]` over `key`, `value [batch, heads, keys, head]`.
+    """`[live, length, heads, head]`: attention of `query [live, heads, length, head]` over keys of the whole batch.
 
-    One call per run of neighbouring live rows, on views. Measured on one CPU thread (8 rows, 12 heads of 64): rows
-    0, 2, 4, 6 over 512 keys take 0.56 ms so, 0.97 ms as all 8 rows at once, 1.69 ms on gathered keys and values. All
-    rows at once is faster only below some 30 keys, by 0.02 ms: not worth a second way.
+    One call of `stock` per run of neighbouring live rows, on views. Measured on one CPU thread (8 rows, 12 heads of
+    64): rows 0, 2, 4, 6 over 512 keys take 0.56 ms so, 0.97 ms as all 8 rows at once, 1.69 ms on gathered keys and
+    values. All rows at once is faster only below some 30 keys, by 0.02 ms: not worth a second way.
 
     Args:
-        bias: What is added to the scores, `[1 or live, 1 or heads, length, keys]`.
+        stock: The library's attention function.
+        key, value: `[batch, heads, keys, head]`, or `[live, ...]` where the live rows are neighbours.
+        position_bias: What is added to the scores, masks included, `[1 or live, 1 or heads, length, keys]`.
     """
     if key.shape[0] == query.shape[0]:
-        return scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=scaling)
+        return stock(module, query, key, value, None, position_bias=position_bias, **kwargs)[0]
     outputs = []
     for run, here in zip(live_rows.runs, live_rows.places):
-        run_bias = bias[here] if bias is not None and bias.shape[0] > 1 else bias
-        outputs.append(
-            scaled_dot_product_attention(query[here], key[run], value[run], attn_mask=run_bias, scale=scaling)
-        )
+        per_row = position_bias is not None and position_bias.shape[0] > 1
+        bias = position_bias[here] if per_row else position_bias
+        outputs.append(stock(module, query[here], key[run], value[run], None, position_bias=bias, **kwargs)[0])
     return torch.cat(outputs)
 
 
@@ -56,9 +60,7 @@ def with_live_rows(stock: Callable) -> Callable:
     def attention(module, query, key, value, attention_mask, live_rows: Rows | None = None, **kwargs):
         if live_rows is None:
             return stock(module, query, key, value, attention_mask, **kwargs)
-        bias = kwargs.get("position_bias")
-        output = attend(query, key, value, bias, kwargs.get("scaling"), live_rows)
-        return output.transpose(1, 2), None
+        return attend(stock, module, query, key, value, live_rows, **kwargs), None
 
     return attention
 

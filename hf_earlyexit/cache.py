@@ -90,7 +90,7 @@ class EarlyExitCache(Cache):
         if len(debts) == 1:
             row, start, stop = debts[0]
             keys, values = project(layer, self.parked[row, start:stop])
-            self.keys[layer - 1, row, :, start:stop] = keys.transpose(0, 1)
+            self.keys[layer - 1, row, :, start:stop] = keys.transpose(0, 1)  # casts where autocast has made it half
             self.values[layer - 1, row, :, start:stop] = values.transpose(0, 1)
         else:
             self._pay(layer, debts, project)
@@ -104,12 +104,13 @@ class EarlyExitCache(Cache):
         owed_positions = [position for _, start, stop in debts for position in range(start, stop)]
         row, position = torch.tensor([owed_rows, owed_positions], device=self.device).unbind()
         keys, values = project(layer, self.parked[row, position])
-        self.keys[layer - 1][row, :, position] = keys
-        self.values[layer - 1][row, :, position] = values
+        self.keys[layer - 1][row, :, position] = keys.to(self.dtype)
+        self.values[layer - 1][row, :, position] = values.to(self.dtype)
 
     def write(self, layer: int, rows: Rows, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Store the current tokens' keys and values, `[rows, heads, length, head]`, behind what each row holds."""
         length = keys.shape[2]
+        keys, values = keys.to(self.dtype), values.to(self.dtype)
         for arena, new in ((self.keys[layer - 1], keys), (self.values[layer - 1], values)):
             if (start := self._common_length(rows)) is not None:
                 rows.place(arena[:, :, start : start + length], new)
@@ -135,7 +136,8 @@ class EarlyExitCache(Cache):
         if (position := self._common_length(rows)) is not None:
             rows.place(self.parked[:, position], hidden)
         else:
-            self.parked[rows.index, torch.tensor([self.lengths[row] for row in rows], device=self.device)] = hidden
+            positions = torch.tensor([self.lengths[row] for row in rows], device=self.device)
+            self.parked[rows.index, positions] = hidden
 
     def advance(self, rows: Rows, length: int = 1) -> None:
         """`rows` are done with `length` more positions, each at the depth it went to."""

@@ -5,10 +5,12 @@ Knows nothing of how a call of `generate` is set (that is `settings.py`) and hol
 
 from __future__ import annotations
 
+import copy
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 
-from transformers import T5Config
+from transformers import PreTrainedConfig, T5Config
 
 
 HEAD_KINDS = ("shared", "norm", "linear", "mlp")
@@ -34,6 +36,9 @@ class ClassifierConfig:
     def __post_init__(self):
         if self.kind not in CLASSIFIER_KINDS:
             raise ValueError(f"Classifier `kind` must be one of {CLASSIFIER_KINDS}, got {self.kind!r}.")
+        for name in ("shared", "trained"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"Classifier `{name}` must be True or False, got {getattr(self, name)!r}.")
         if self.width is not None and (not is_integer(self.width) or self.width < 1):
             raise ValueError(f"Classifier `width` must be a positive integer or None, got {self.width!r}.")
 
@@ -60,8 +65,14 @@ class EarlyExitConfig:
     classifier: ClassifierConfig | None = None
 
     def __post_init__(self):
+        if not isinstance(self.classifier, ClassifierConfig | dict | None):
+            raise ValueError(f"`classifier` must be a `ClassifierConfig`, a dict or None, got {self.classifier!r}.")
         if isinstance(self.classifier, dict):
             object.__setattr__(self, "classifier", ClassifierConfig(**known_fields(ClassifierConfig, self.classifier)))
+        for name in ("exit_layers", "heads"):
+            value = getattr(self, name)
+            if not isinstance(value, Sequence) and (name, value) != ("exit_layers", None):
+                raise ValueError(f"`{name}` must be a list, got {value!r}.")
         if self.exit_layers is not None:
             object.__setattr__(self, "exit_layers", tuple(self.exit_layers))
             check_exit_layers(self.exit_layers)
@@ -90,7 +101,12 @@ class EarlyExitConfig:
         return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
     @classmethod
-    def from_dict(cls, values: dict | None) -> EarlyExitConfig:
+    def from_dict(cls, values: EarlyExitConfig | dict | None) -> EarlyExitConfig:
+        """The configuration that these values spell; one that is ready is given back."""
+        if isinstance(values, cls):
+            return values
+        if not isinstance(values, dict | None):
+            raise ValueError(f"`early_exit` must be an `EarlyExitConfig` or a dict of its fields, got {values!r}.")
         return cls(**known_fields(cls, values or {}))
 
 
@@ -123,3 +139,52 @@ class EarlyExitT5Config(T5Config):
     model_type = "early_exit_t5"
 
     early_exit: dict | None = None
+
+    def __post_init__(self, **kwargs):
+        super().__post_init__(**kwargs)
+        if isinstance(self.early_exit, EarlyExitConfig):
+            self.early_exit = self.early_exit.to_dict()
+
+    def to_dict(self) -> dict:
+        if isinstance(self.early_exit, EarlyExitConfig):  # set behind the constructor's back, as the Auto classes do
+            self.early_exit = self.early_exit.to_dict()
+        return super().to_dict()
+
+
+def early_exit_config(
+    path: str | os.PathLike, config: PreTrainedConfig | str | os.PathLike | None, kwargs: dict
+) -> tuple[EarlyExitT5Config, dict]:
+    """The early-exit configuration of a checkpoint, and the keyword arguments that are left for the model.
+
+    A plain T5's is taken over value by value, so that nothing is lost: `scale_decoder_outputs` above all.
+    """
+    config_class = EarlyExitT5Config
+    if not isinstance(config, PreTrainedConfig):
+        path = path if config is None else config
+        for_model = {
+            name: kwargs.pop(name) for name in ("dtype", "torch_dtype", "attn_implementation") if name in kwargs
+        }
+        values, _ = config_class.get_config_dict(path, **kwargs)
+        if not values:
+            raise OSError(f"{str(path)!r} has no config.json.")
+        model_type = values.get("model_type")
+        family = {config_class.model_type: config_class, "t5": T5Config}.get(model_type)
+        if family is None:
+            raise ValueError(
+                f"{str(path)!r} is a model of type {model_type!r}; early exit supports 't5' and "
+                f"{config_class.model_type!r}. UMT5, which has a relative bias in every block, and mT5 are not "
+                "supported yet."
+            )
+        config, kwargs = family.from_dict(values, return_unused_kwargs=True, **kwargs)
+        kwargs |= for_model
+    config = copy.deepcopy(config)
+    if isinstance(config, config_class):
+        return config, kwargs
+    if config.model_type != "t5":
+        raise ValueError(
+            f"`config` must be a `T5Config` or a `{config_class.__name__}`, got `{type(config).__name__}`."
+        )
+    values = config.to_dict()
+    for name in ("model_type", "architectures", "transformers_version"):
+        values.pop(name, None)
+    return config_class(**values), kwargs

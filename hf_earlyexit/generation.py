@@ -1,16 +1,18 @@
 """Answers for the `generate` drop-in: reads the exit settings, refuses what cannot be right, lets the library drive.
 
 Beams, sampling, streamers, processors, scores and stopping are the library's; this mixin hands its loops an
-`EarlyExitCache` and a run, and adds to what they return. Knows nothing of a family's insides.
+`EarlyExitCache` and a run, and adds to what they return. Of an encoder-decoder model it knows what the library's loops
+know; a family's insides are its adapter's.
 """
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, StoppingCriteriaList
+from transformers import DynamicCache, EncoderDecoderCache, GenerationConfig, GenerationMixin, StoppingCriteriaList
 from transformers.generation import (
     GenerateBeamEncoderDecoderOutput,
     GenerateEncoderDecoderOutput,
@@ -37,7 +39,8 @@ class EarlyExitGenerateOutput(GenerateEncoderDecoderOutput):
     """What `generate` returns, with where the tokens left and the work that ran. T = new tokens of `sequences`.
 
     Attributes:
-        layers_run: `[batch, T]`, layers that each new token ran: 1 to L, 0 where the row had ended.
+        layers_run: `[batch, T]` on the CPU, as all of these: the layers that each new token ran, 1 to L; 0
+            where the row had ended.
         exit_confidences: `[batch, T]`, fp32, the confidence each token left with; NaN where it ran all layers.
         layer_rows: `[L]`, rows x positions that entered each block, counted at the call of the block.
         filled_positions: `[L]`, debts paid: skipped positions whose keys and values were projected after all.
@@ -111,10 +114,11 @@ class EarlyExitGenerationMixin:
         given = {name: value for name, value in given.items() if value is not None}
         if exit_threshold is not _NOT_GIVEN:
             given["exit_threshold"] = exit_threshold
-        passed = kwargs.get("generation_config", args[1] if len(args) > 1 else None)
-        settings = ExitSettings.merge(given, passed, self.generation_config)
-        settings.check_against(self.early_exit, self.config.num_decoder_layers)
-        if problems := _around_the_hooks(kwargs):
+        call = inspect.signature(GenerationMixin.generate).bind(self, *args, **kwargs).arguments
+        call = {**call, **call.get("kwargs", {})}
+        settings = ExitSettings.merge(given, call.get("generation_config"), self.generation_config)
+        settings.check_against(self.early_exit, self.decoder_adapter.shape(self).num_layers)
+        if problems := _around_the_hooks(call):
             if settings.early_exit:
                 _refuse(problems)
             return super().generate(*args, **kwargs)
@@ -134,7 +138,8 @@ class EarlyExitGenerationMixin:
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, generation_mode, batch_size, max_length):
         settings: ExitSettings | None = getattr(generation_config, "_exit_settings", None)
-        if settings is None or generation_mode not in MODES:
+        if settings is None:
+            self._give_deep_decoder_a_cache(generation_config, model_kwargs)
             return super()._prepare_cache_for_generation(
                 generation_config, model_kwargs, generation_mode, batch_size, max_length
             )
@@ -147,8 +152,8 @@ class EarlyExitGenerationMixin:
         )
         model_kwargs["exit_run"] = generation_config._exit_run = ExitRun(
             settings,
-            settings.exit_points(self.early_exit, self.config.num_decoder_layers),
-            num_layers=self.config.num_decoder_layers,
+            settings.exit_points(self.early_exit, cache.num_layers),
+            num_layers=cache.num_layers,
             batch_size=len(states),
             max_length=generation_config.max_length,
             device=states.device,
@@ -170,7 +175,29 @@ class EarlyExitGenerationMixin:
     def _beam_search(self, *args, **kwargs):
         return _with_exits(super()._beam_search(*args, **kwargs), kwargs.get("exit_run"))
 
+    def save_pretrained(self, *args, **kwargs) -> None:
+        """As the library's.
+
+        Raises:
+            ValueError: `generation_config` has a criterion or schedule that is an object, which no file can hold.
+        """
+        for name, kinds in (("exit_criterion", (str,)), ("exit_schedule", (str, dict))):
+            value = getattr(self.generation_config, name, None)
+            if value is not None and not isinstance(value, kinds):
+                raise ValueError(
+                    f"`generation_config.{name}` is an object, {value!r}, which cannot be saved: set it to a name or "
+                    "None, and pass the object to `generate`."
+                )
+        super().save_pretrained(*args, **kwargs)
+
     # --- for the hooks ----------------------------------------------------------------------------------------------
+
+    def _give_deep_decoder_a_cache(self, generation_config: GenerationConfig, model_kwargs: dict[str, Any]) -> None:
+        """A stock cache where the library would size one by the encoder and run out of layers."""
+        sized_by_encoder = self.config.num_decoder_layers > self.config.num_layers
+        own = model_kwargs.get("past_key_values") is not None or generation_config.cache_implementation is not None
+        if sized_by_encoder and not own and generation_config.use_cache is not False:
+            model_kwargs["past_key_values"] = EncoderDecoderCache(DynamicCache(), DynamicCache())
 
     def _cache_for(self, own: EarlyExitCache | None, states: torch.Tensor, capacity: int, fill: str) -> EarlyExitCache:
         """A cache for a batch with these encoder states: the user's own if it fits, else a new one.
@@ -178,9 +205,9 @@ class EarlyExitGenerationMixin:
         Raises:
             ValueError: The user's own was made for another model, batch or mode, or is not empty.
         """
-        config = self.config
-        shape = (config.num_decoder_layers, len(states), config.num_heads, config.d_kv)
-        options = {"dtype": self.lm_head.weight.dtype, "device": states.device, "fill": fill}
+        decoder = self.decoder_adapter.shape(self)
+        shape = (decoder.num_layers, len(states), decoder.num_heads, decoder.head_dim)
+        options = {"dtype": decoder.dtype, "device": states.device, "fill": fill}
         if own is None:
             return EarlyExitCache(*shape, capacity=max(1, capacity), **options)
         if own.get_seq_length() > 0:
@@ -220,18 +247,18 @@ def _refuse(problems: list[str]) -> None:
         raise ValueError(f"Early exit does not go with {'; '.join(problems)}. Or pass `early_exit=False`.")
 
 
-def _around_the_hooks(kwargs: dict[str, Any]) -> list[str]:
-    """What among the keywords of `generate` would go around the hooks, each with the remedy."""
+def _around_the_hooks(call: dict[str, Any]) -> list[str]:
+    """What among the arguments of `generate` would go around the hooks, each with the remedy."""
     problems = []
-    if kwargs.get("custom_generate") is not None:
+    if call.get("custom_generate") is not None:
         problems.append("`custom_generate`, which brings its own loop: leave it out")
-    if kwargs.get("assistant_model") is not None:
+    if call.get("assistant_model") is not None:
         problems.append("`assistant_model` (assisted generation): leave it out")
-    if kwargs.get("synced_gpus"):
+    if call.get("synced_gpus"):
         problems.append("`synced_gpus=True`, since ranks would leave at different layers: leave it out")
-    if kwargs.get("negative_prompt_ids") is not None:
+    if call.get("negative_prompt_ids") is not None:
         problems.append("`negative_prompt_ids` (classifier-free guidance): leave it out")
-    if kwargs.get("cache_implementation") == "paged":
+    if call.get("cache_implementation") == "paged":
         problems.append('`cache_implementation="paged"` (continuous batching): leave it out')
     return problems
 
@@ -240,6 +267,8 @@ def _not_supported(model, config: GenerationConfig, model_kwargs: dict[str, Any]
     """What in a prepared call the walk cannot do, each with the remedy: refused, or stock's at full depth."""
     problems = []
     cache = model_kwargs.get("past_key_values")
+    if model_kwargs.get("decoder_inputs_embeds") is not None:
+        problems.append("`decoder_inputs_embeds`: pass `decoder_input_ids`")
     if config.use_cache is False:
         problems.append("`use_cache=False`: leave it out")
     if cache is not None and not isinstance(cache, EarlyExitCache):

@@ -22,10 +22,26 @@ from hf_earlyexit.rows import Rows
 from hf_earlyexit.run import ExitRun
 
 
+class DecoderShape(NamedTuple):
+    """The size of a decoder's keys and values."""
+
+    num_layers: int
+    num_heads: int
+    head_dim: int
+    dtype: torch.dtype
+
+
 class Decoder(Protocol):
     """What the walk needs of a family. One adapter is made per `generate` call and holds what is constant in it."""
 
     num_layers: int
+
+    @staticmethod
+    def shape(model: nn.Module) -> DecoderShape:
+        """What a cache for `model` must fit."""
+
+    def no_logits(self, batch_size: int) -> torch.Tensor:
+        """Zeros `[batch, 1, vocabulary]`."""
 
     def embed(self, ids: torch.Tensor, rows: Rows) -> torch.Tensor:
         """`[rows, length, hidden]`, the first block's input for these rows of `ids [batch, length]`."""
@@ -64,6 +80,8 @@ def decode_step(decoder: Decoder, ids: torch.Tensor, cache: EarlyExitCache, run:
     Of a prompt only the last position may leave early; the others run every layer.
     """
     rows = run.begin_step(ids.shape[1])
+    if not rows:  # where the library looks a step late whether all have ended
+        return decoder.no_logits(run.batch_size)
     if ids.shape[1] > 1:
         run_prompt(decoder, ids[:, :-1], cache, run, rows)
     departures = run_layers(decoder, decoder.embed(ids[:, -1:], rows), cache, run, rows)
@@ -125,7 +143,15 @@ def pay_all(decoder: Decoder, cache: EarlyExitCache, run: ExitRun, rows: Rows) -
         run.work.filled_positions[layer] += cache.catch_up(layer, rows, decoder.project)
 
 
-def exit_point(decoder, layer, hidden, previous, rows, cache, run) -> ExitPoint:
+def exit_point(
+    decoder: Decoder,
+    layer: int,
+    hidden: torch.Tensor,
+    previous: torch.Tensor,
+    rows: Rows,
+    cache: EarlyExitCache,
+    run: ExitRun,
+) -> ExitPoint:
     """What a criterion may look at after `layer`, with scores that are counted when they are computed."""
 
     def score(layer: int, hidden: torch.Tensor) -> torch.Tensor:
@@ -236,6 +262,17 @@ class T5Decoder:
         self.cross_mask = additive_mask(encoder_mask, self.dtype, self.encoder_states.device, source)
         self.decoder_mask = decoder_mask if decoder_mask is not None and not decoder_mask.all() else None
         self.reversed_bias = torch.empty(0)
+
+    @staticmethod
+    def shape(model: nn.Module) -> DecoderShape:
+        keys = model.decoder.block[0].layer[0].SelfAttention
+        return DecoderShape(
+            len(model.decoder.block), keys.n_heads, keys.key_value_proj_dim, model.lm_head.weight.dtype
+        )
+
+    def no_logits(self, batch_size: int) -> torch.Tensor:
+        weight = self.model.lm_head.weight
+        return weight.new_zeros(batch_size, 1, weight.shape[0])
 
     def embed(self, ids: torch.Tensor, rows: Rows) -> torch.Tensor:
         return self.stack.dropout(self.stack.embed_tokens(rows.select(ids)))

@@ -7,12 +7,12 @@ import os
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForSeq2SeqLM, PreTrainedConfig, T5Config, T5ForConditionalGeneration
+from transformers import AutoConfig, AutoModelForSeq2SeqLM, PreTrainedConfig, T5ForConditionalGeneration
 from transformers.modeling_outputs import Seq2SeqLMOutput
 
 from hf_earlyexit import attention
 from hf_earlyexit.cache import EarlyExitCache
-from hf_earlyexit.config import EarlyExitConfig, EarlyExitT5Config
+from hf_earlyexit.config import EarlyExitConfig, EarlyExitT5Config, early_exit_config
 from hf_earlyexit.generation import EarlyExitGenerationMixin
 from hf_earlyexit.heads import ExitHeads, initialize
 from hf_earlyexit.layers import T5Decoder, decode_step
@@ -29,6 +29,8 @@ class EarlyExitT5ForConditionalGeneration(EarlyExitGenerationMixin, T5ForConditi
     decoder_adapter = T5Decoder
 
     def __init__(self, config: EarlyExitT5Config):
+        if not isinstance(config, EarlyExitT5Config):
+            raise ValueError(f"`config` must be an `EarlyExitT5Config`, got `{type(config).__name__}`.")
         super().__init__(config)
         early_exit = EarlyExitConfig.from_dict(config.early_exit).for_layers(config.num_decoder_layers)
         config.early_exit = early_exit.to_dict()
@@ -54,7 +56,7 @@ class EarlyExitT5ForConditionalGeneration(EarlyExitGenerationMixin, T5ForConditi
         pretrained_model_name_or_path: str | os.PathLike,
         *model_args,
         early_exit: EarlyExitConfig | dict | None = None,
-        config: PreTrainedConfig | None = None,
+        config: PreTrainedConfig | str | os.PathLike | None = None,
         output_loading_info: bool = False,
         **kwargs,
     ):
@@ -63,7 +65,7 @@ class EarlyExitT5ForConditionalGeneration(EarlyExitGenerationMixin, T5ForConditi
         Args:
             pretrained_model_name_or_path: A folder or a Hub id.
             early_exit: The exit points. None: the checkpoint's own, or `EarlyExitConfig()` for a plain T5.
-            config: A `T5Config` or `EarlyExitT5Config` in place of the checkpoint's.
+            config: A `T5Config` or `EarlyExitT5Config`, or a path to one, in place of the checkpoint's. Left as it is.
             kwargs: As for `T5ForConditionalGeneration.from_pretrained`.
 
         Heads that the checkpoint lacks start as the logit lens; nothing else may be missing.
@@ -71,15 +73,16 @@ class EarlyExitT5ForConditionalGeneration(EarlyExitGenerationMixin, T5ForConditi
         Raises:
             ValueError: The checkpoint is of another family, or `early_exit` does not fit the decoder.
         """
-        config, kwargs = early_exit_config(cls.config_class, pretrained_model_name_or_path, config, kwargs)
-        if early_exit is not None:
-            values = early_exit.to_dict() if isinstance(early_exit, EarlyExitConfig) else early_exit
-            config.early_exit = EarlyExitConfig.from_dict(values).for_layers(config.num_decoder_layers).to_dict()
+        config, kwargs = early_exit_config(pretrained_model_name_or_path, config, kwargs)
+        early_exit = EarlyExitConfig.from_dict(config.early_exit if early_exit is None else early_exit)
+        config.early_exit = early_exit.for_layers(config.num_decoder_layers).to_dict()
         model, info = super().from_pretrained(
             pretrained_model_name_or_path, *model_args, config=config, output_loading_info=True, **kwargs
         )
         missing = {key.removeprefix("exit_heads.") for key in info["missing_keys"] if key.startswith("exit_heads.")}
         model.exit_heads.start_as_logit_lens(model.decoder.final_layer_norm, missing)
+        if any(name.startswith("classifiers.") for name in missing):
+            model.config.early_exit["classifier"]["trained"] = False
         model.exit_heads.to(model.lm_head.weight.dtype)
         model.generation_config._from_model_config = False
         return (model, info) if output_loading_info else model
@@ -103,40 +106,6 @@ class EarlyExitT5ForConditionalGeneration(EarlyExitGenerationMixin, T5ForConditi
         implementation = self.config._attn_implementation
         if implementation in ("sdpa", "eager"):
             self.decoder.config._attn_implementation = attention.PREFIX + implementation
-
-
-def early_exit_config(config_class: type, path, config: PreTrainedConfig | None, kwargs: dict):
-    """The early-exit configuration of a checkpoint, and the keyword arguments that are left for the model.
-
-    A plain T5's is taken over value by value, so that nothing is lost: `scale_decoder_outputs` above all.
-    """
-    if config is None:
-        for_model = {
-            name: kwargs.pop(name) for name in ("dtype", "torch_dtype", "attn_implementation") if name in kwargs
-        }
-        values, _ = config_class.get_config_dict(path, **kwargs)
-        if not values:
-            raise OSError(f"{str(path)!r} has no config.json.")
-        model_type = values.get("model_type")
-        family = {config_class.model_type: config_class, "t5": T5Config}.get(model_type)
-        if family is None:
-            raise ValueError(
-                f"{str(path)!r} is a model of type {model_type!r}; early exit supports 't5' and "
-                f"{config_class.model_type!r}. UMT5, which has a relative bias in every block, and mT5 are not "
-                "supported yet."
-            )
-        config, kwargs = family.from_dict(values, return_unused_kwargs=True, **kwargs)
-        kwargs |= for_model
-    if isinstance(config, config_class):
-        return config, kwargs
-    if config.model_type != "t5":
-        raise ValueError(
-            f"`config` must be a `T5Config` or a `{config_class.__name__}`, got `{type(config).__name__}`."
-        )
-    values = config.to_dict()
-    for name in ("model_type", "architectures", "transformers_version"):
-        values.pop(name, None)
-    return config_class(**values), kwargs
 
 
 AutoConfig.register("early_exit_t5", EarlyExitT5Config)

@@ -7,6 +7,7 @@ may generate on one model. Knows nothing of models and caches.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
@@ -52,7 +53,15 @@ class ExitRun:
         device: Of the model.
     """
 
-    def __init__(self, settings: ExitSettings, exit_points, num_layers, batch_size, max_length, device):
+    def __init__(
+        self,
+        settings: ExitSettings,
+        exit_points: Collection[int],
+        num_layers: int,
+        batch_size: int,
+        max_length: int,
+        device: torch.device | str,
+    ):
         self.exit_points = exit_points
         self.num_layers, self.batch_size, self.device = num_layers, batch_size, device
         self.max_length = max_length

@@ -5,6 +5,7 @@ Settings live in `generation_config` and as keywords of `generate`; what is buil
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection
 from dataclasses import dataclass, fields
 from typing import Any
@@ -54,15 +55,16 @@ class ExitSettings:
         Raises:
             ValueError: A value is not legal or does not go with another; the message says which and what to do.
         """
-        explicit = {**_set_values(passed), **given}
+        given, passed, stored = dict(given), _set_values(passed), _set_values(stored)
         if "exit_threshold" in given and given["exit_threshold"] is None:
-            explicit["early_exit"] = False
-        explicit = {name: value for name, value in explicit.items() if value is not None}
-        values = {**_set_values(stored), **explicit}
-        if "early_exit" not in explicit:
-            asked = {"exit_criterion", "exit_threshold"} & set(explicit)
-            values["early_exit"] = bool(asked) or values.get("early_exit", "exit_criterion" in values)
-        settings = cls(**values)
+            given["early_exit"] = False
+        given = {name: value for name, value in given.items() if value is not None}
+        explicit = {**passed, **given}
+        if explicit.get("exit_criterion", stored.get("exit_criterion")) != stored.get("exit_criterion"):
+            stored.pop("exit_threshold", None)  # a threshold means nothing to another criterion
+        values = {**stored, **explicit}
+        asked = next((on for on in map(_asks, (given, passed, stored)) if on is not None), False)
+        settings = cls(**{**values, "early_exit": asked})
         settings._check_values()
         settings._check_company(set(explicit), explicit.get("early_exit"))
         return settings
@@ -186,8 +188,14 @@ class ExitSettings:
         if set(self._schedule_options) - allowed:
             raise ValueError(f"`exit_schedule={self.exit_schedule}` may have {['name', *sorted(allowed)]}.")
         for name, value in self._schedule_options.items():
-            if not is_number(value) or value < 0:
+            if not is_number(value) or not 0 <= value < math.inf:
                 raise ValueError(f"`{name}` of `exit_schedule` must be a number from 0 on, got {value!r}.")
+
+
+def _asks(values: dict[str, Any]) -> Any:
+    """Whether these settings ask for early exit: what they say, else True if they name a way to, else None."""
+    named = bool({"exit_criterion", "exit_threshold", "exit_layer"} & set(values))
+    return values.get("early_exit", True if named else None)
 
 
 def _set_values(config: GenerationConfig | None) -> dict[str, Any]:

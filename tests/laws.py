@@ -45,7 +45,7 @@ def stock_generate(stock, inputs, seed: int = 0, **kwargs):
 # --- what makes a run worth judging ---------------------------------------------------------------------------------
 
 
-def assert_not_vacuous(output, num_layers: int, diverging: bool = True) -> None:
+def assert_not_vacuous(output) -> None:
     """Tokens left at three or more layers, debts of two or more positions were paid, rows ended at different steps
     and, where rows leave on their own, diverged in depth."""
     layers = output.layers_run
@@ -54,9 +54,8 @@ def assert_not_vacuous(output, num_layers: int, diverging: bool = True) -> None:
     if len(layers) > 1:
         lengths = (layers > 0).sum(dim=1)
         assert len(set(lengths.tolist())) > 1, "all rows ended at the same step"
-        if diverging:
-            both = layers[:, : int(lengths.min())]
-            assert (both != both[:1]).any(), "rows never left at different layers in one step"
+        both = layers[:, : int(lengths.min())]
+        assert (both != both[:1]).any(), "rows never left at different layers in one step"
 
 
 def longest_debt(layers: torch.Tensor, num_layers: int) -> int:
@@ -131,6 +130,7 @@ def never_equals_stock(stock, model, inputs, seed: int = 0, **kwargs):
     if kwargs.get("num_beams", 1) == 1:
         for step, (mine, stocks) in enumerate(zip(output.logits, expected.logits)):
             torch.testing.assert_close(mine[live[:, step]], stocks[live[:, step]], **logit_tolerance(model))
+            assert not mine[~live[:, step]].any(), "rows that have ended have zeros"
     else:
         torch.testing.assert_close(output.sequences_scores, expected.sequences_scores)
     return output
@@ -227,6 +227,11 @@ def work_is_what_ran(model, inputs, seed: int = 0, **kwargs):
     paid = [counts["keys"][layer] - counts["block"][layer] for layer in layers]
     assert output.filled_positions.tolist() == paid
     assert int(output.head_rows.sum()) == counts["head"][0] and output.head_rows[0] == 0
+    if kwargs.get("num_beams", 1) == 1:
+        left = [int((output.layers_run == layer).sum()) for layer in layers]
+        looks = kwargs.get("exit_criterion") in ("softmax", "max_prob", "entropy")
+        asked = [*output.layer_rows.tolist()[:-1], left[-1]]
+        assert output.head_rows.tolist()[1:] == (asked if looks else left)
     return output
 
 

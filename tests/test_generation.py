@@ -17,6 +17,9 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 from hf_earlyexit import EarlyExitGenerateBeamOutput, EarlyExitGenerateOutput
+from hf_earlyexit.layers import T5Decoder, decode_step
+from hf_earlyexit.run import ExitRun
+from hf_earlyexit.settings import ExitSettings
 from tests import laws
 from tests.tiny import ENDS, NUM_LAYERS, Unrest, one_row, stock_cache, tiny_inputs, tiny_pair, unrest
 from tests.watching import Scripted, counting, pseudo_random_script
@@ -67,6 +70,54 @@ def test_output_is_aligned_with_the_new_tokens(model):
         model.generate(**tiny_inputs(4), max_new_tokens=16, eos_token_id=ENDS, logits_processor=unrest(), **SOFTMAX),
         output.sequences,
     )
+
+
+class Telling:
+    """Sure after layer 2, by a number that says who asks."""
+
+    def confidence(self, point):
+        said = [0.5 + row / 100 + at / 1000 for row, at in zip(point.rows, point.positions)]
+        return torch.tensor(said if point.layer == 2 else [0.0] * len(said))
+
+
+def test_confidences_belong_to_their_tokens(model):
+    output = laws.generate(model, tiny_inputs(3), exit_criterion=Telling(), exit_threshold=0.5, ends=[96])
+    for row in range(3):
+        for step in range(output.layers_run.shape[1]):
+            assert output.exit_confidences[row, step] == pytest.approx(0.5 + row / 100 + step / 1000)
+    beams = laws.generate(model, tiny_inputs(3), exit_criterion=Telling(), exit_threshold=0.5, num_beams=3)
+    steps = torch.arange(beams.beam_indices.shape[1])
+    expected = (0.5 + beams.beam_indices / 100 + steps / 1000).masked_fill(beams.beam_indices < 0, float("nan"))
+    torch.testing.assert_close(beams.exit_confidences, expected, equal_nan=True)
+
+
+def test_a_token_leaves_at_the_very_threshold(model):
+    for threshold, layer in ((0.5, 2), (0.5 + 1e-6, NUM_LAYERS)):
+        sure = type("Sure", (), {"confidence": lambda self, point: torch.full((1,), 0.5 * (point.layer == 2))})()
+        output = laws.generate(model, tiny_inputs(1), exit_criterion=sure, exit_threshold=threshold, ends=[96])
+        assert set(output.layers_run[0].tolist()) == {layer}
+
+
+def test_under_autocast_as_stock(pair):
+    stock, model = tiny_pair("untied", 3, torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        expected = laws.stock_generate(stock, tiny_inputs(3), max_new_tokens=6)
+        assert torch.equal(laws.generate(model, tiny_inputs(3), max_new_tokens=6).sequences, expected.sequences)
+        lazy, eager = (laws.generate(model, tiny_inputs(3), fill=fill, **SCRIPT) for fill in ("lazy", "eager"))
+    assert torch.equal(lazy.sequences, eager.sequences) and lazy.filled_positions.sum() > 1
+
+
+def test_one_step_after_all_rows_have_ended(model):
+    """Some devices look a step late whether all have ended; that step runs nothing."""
+    output = laws.generate(model, tiny_inputs(2), max_new_tokens=3)
+    rows = torch.tensor([True, True])
+    run = ExitRun(ExitSettings(), frozenset(), NUM_LAYERS, 2, 9, "cpu")
+    run.begin_step(1)
+    run.record_finished(rows)
+    cache = output.past_key_values
+    decoder = T5Decoder(model, cache, None, None)
+    assert not decode_step(decoder, torch.zeros(2, 1, dtype=torch.long), cache, run).any()
+    assert run.work.layer_rows.total() == 0
 
 
 def test_beams_follow_the_winning_hypothesis(model):
@@ -234,6 +285,9 @@ def test_schedules_reach_the_tokens(model):
     thresholds = [0.45 + 0.1 * torch.tensor(-4.0 * token / 10).exp().item() for token in range(10)]
     expected = [1 if threshold <= 0.49 else NUM_LAYERS for threshold in thresholds]
     assert paper.layers_run[0].tolist() == expected and len(set(expected)) == 2
+    prompted = {**tiny_inputs(1), "decoder_input_ids": torch.tensor([[0, 8, 9]])}
+    behind = laws.generate(model, prompted, exit_criterion=sure(0.49), exit_schedule="calm", **kwargs)
+    assert torch.equal(behind.layers_run, paper.layers_run), "tokens are counted from the first new one"
     own = type("Own", (), {"threshold_at": lambda self, token, longest: 0.2 if token == 3 else 1.0})()
     del kwargs["exit_threshold"]
     output = laws.generate(model, tiny_inputs(1), exit_criterion=sure(0.4), exit_schedule=own, **kwargs)

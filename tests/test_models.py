@@ -106,6 +106,49 @@ def test_ours_loads_as_plain_t5(family, tmp_path):
     assert torch.equal(plain_logits(plain, inputs), plain_logits(stock, inputs))
 
 
+@torch.no_grad()
+def test_heads_compute_what_they_say():
+    for kind in ("norm", "linear", "mlp"):
+        _, model = tiny_pair("tied", 5, early_exit=EarlyExitConfig(exit_layers=(2,), heads=kind))
+        head, hidden = model.exit_heads.heads["2"], torch.randn(3, 32, dtype=torch.float64)
+        for parameter in head.parameters():
+            parameter.copy_(torch.randn_like(parameter))
+        normed = head.norm.weight * hidden / (hidden.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt()
+        expected = normed
+        if kind == "linear":
+            expected = normed + normed @ head.map.weight.T
+        if kind == "mlp":
+            expected = normed + torch.relu(normed @ head.up.weight.T + head.up.bias) @ head.down.weight.T
+        torch.testing.assert_close(head(hidden), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_missing_classifiers_are_untrained_whatever_is_said(tmp_path):
+    tiny_stock("tied", 0, torch.float32).save_pretrained(tmp_path)
+    model, _ = load(tmp_path, early_exit=EarlyExitConfig(classifier=ClassifierConfig(trained=True)))
+    assert model.early_exit.classifier.trained is False
+    model.config.early_exit["classifier"]["trained"] = True
+    model.save_pretrained(tmp_path / "trained")
+    assert load(tmp_path / "trained")[0].early_exit.classifier.trained is True
+
+
+def test_library_style_arguments(tmp_path):
+    _, model = tiny_pair("tied", 0, torch.float32)
+    model.save_pretrained(tmp_path)
+    config = EarlyExitConfig(exit_layers=(2, 3))
+    assert AutoModelForSeq2SeqLM.from_pretrained(tmp_path, early_exit=config).early_exit.exit_layers == (2, 3)
+    assert load(tmp_path, config=str(tmp_path))[0].early_exit == model.early_exit
+    own = EarlyExitT5Config.from_pretrained(tmp_path)
+    assert load(tmp_path, config=own, early_exit=config)[0].early_exit.exit_layers == (2, 3)
+    assert own.early_exit == model.config.early_exit, "the caller's configuration is left as it is"
+    values = {name: value for name, value in own.to_dict().items() if name != "model_type"}
+    assert EarlyExitT5ForConditionalGeneration(
+        EarlyExitT5Config(**{**values, "early_exit": config})
+    ).early_exit.exit_layers == (2, 3)
+    for other in (tiny_config(), UMT5Config()):
+        with pytest.raises(ValueError, match="`config` must be an `EarlyExitT5Config`"):
+            EarlyExitT5ForConditionalGeneration(other)
+
+
 def test_trained_heads_survive_new_ones_and_only_the_new_start_as_lens(tmp_path):
     config = EarlyExitConfig(exit_layers=(1, 2), heads="norm")
     _, model = tiny_pair("tied", 5, torch.float32, early_exit=config)
@@ -152,6 +195,14 @@ def test_the_usual_arguments_of_from_pretrained(tmp_path):
 
 @pytest.mark.parametrize("implementation", ("sdpa", "eager"))
 def test_attention_implementations_agree(implementation):
+    half, half_model = tiny_pair("untied", 7, torch.bfloat16)
+    half.set_attn_implementation(implementation)
+    half_model.set_attn_implementation(implementation)
+    for seed in range(3):
+        ours, theirs = (
+            f(m, tiny_inputs(4, seed), seed) for f, m in ((laws.generate, half_model), (laws.stock_generate, half))
+        )
+        assert torch.equal(ours.logits[0], theirs.logits[0]), "the same arithmetic as stock's"
     stock, model = tiny_pair("untied", 7)
     model.set_attn_implementation(implementation)
     stock.set_attn_implementation(implementation)

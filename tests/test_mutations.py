@@ -115,11 +115,9 @@ def parks_another_rows_state(park):
 
 
 @swapped(Cache, "park")
-def parks_the_first_exit_state_only(park):
-    """The anomaly in CALM's released code: what is propagated is not the state of the layer reached."""
-
+def parks_another_layers_state(park):
     def mutant(self, rows, hidden):
-        return park(self, rows, torch.zeros_like(hidden) + hidden[:1])
+        return park(self, rows, hidden * 0.5 + 0.1)
 
     return mutant
 
@@ -199,9 +197,9 @@ def keeps_the_padding_of_the_first_rows(follow):
 
 @swapped(attention, "attend")
 def attends_for_the_wrong_rows(attend):
-    def mutant(query, key, value, bias, scaling, live_rows):
+    def mutant(stock, module, query, key, value, live_rows, **kwargs):
         first = Rows(range(len(live_rows)), live_rows.batch_size)
-        return attend(query, key, value, bias, scaling, first)
+        return attend(stock, module, query, key, value, first, **kwargs)
 
     return mutant
 
@@ -279,7 +277,7 @@ def projects_twice(project):
 MUTATIONS = [
     (parks_at_the_wrong_position, frozen_rows),
     (parks_another_rows_state, rows_alone),
-    (parks_the_first_exit_state_only, rows_alone),
+    (parks_another_layers_state, frozen_rows),
     (projects_without_the_norm, frozen_rows),
     (projects_with_the_layer_below, frozen_rows),
     (swaps_keys_and_values, frozen_rows),
@@ -324,5 +322,5 @@ def test_laws_hold_without_mutations(law):
 @pytest.mark.parametrize("mutate, law", MUTATIONS, ids=lambda one: one.__name__)
 def test_mutation_breaks_a_law(monkeypatch, mutate, law):
     mutate(monkeypatch)
-    with pytest.raises((AssertionError, IndexError, RuntimeError)):
+    with pytest.raises(AssertionError):
         law()

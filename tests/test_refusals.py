@@ -6,9 +6,10 @@ import copy
 
 import pytest
 import torch
-from transformers import DynamicCache, EncoderDecoderCache, GenerationConfig, StaticCache
+from transformers import CompileConfig, DynamicCache, EncoderDecoderCache, GenerationConfig, StaticCache
 
 from hf_earlyexit import ClassifierConfig, EarlyExitCache, EarlyExitConfig
+from hf_earlyexit.policies import SoftmaxResponse
 from hf_earlyexit.settings import ExitSettings
 from tests.tiny import NUM_LAYERS, tiny_inputs, tiny_pair
 
@@ -57,6 +58,10 @@ BAD_ARGUMENTS = [
     (ON | {"assistant_model": "another"}, "`assistant_model`"),
     (ON | {"is_assistant": True}, "being the assistant of another model"),
     (ON | {"exit_treshold": 0.5}, "exit_treshold"),
+    (ON | {"exit_schedule": {"name": "calm", "tau": float("nan")}}, "`tau` .*must be a number from 0 on, got nan"),
+    (ON | {"compile_config": CompileConfig()}, "`compile_config`"),
+    (ON | {"negative_prompt_ids": torch.ones(2, 3)}, "`negative_prompt_ids`"),
+    (ON | {"decoder_inputs_embeds": torch.ones(2, 1, 32)}, "`decoder_inputs_embeds`: pass `decoder_input_ids`"),
 ]
 
 
@@ -159,6 +164,10 @@ def test_a_criterion_that_gives_nonsense_is_named(model):
         ({"exit_layers": [1, 2], "heads": ["norm"]}, "`heads` names 1 kinds for 2 exit layers"),
         ({"classifier": {"kind": "tree"}}, "Classifier `kind` must be one of"),
         ({"classifier": {"width": 0}}, "Classifier `width` must be a positive integer"),
+        ({"exit_layers": 3}, "`exit_layers` must be a list, got 3"),
+        ({"heads": None}, "`heads` must be a list"),
+        ({"classifier": True}, "`classifier` must be a `ClassifierConfig`"),
+        ({"classifier": {"trained": "yes"}}, "Classifier `trained` must be True or False, got 'yes'"),
         ({"classifier": {"depth": 2}}, "ClassifierConfig has no \\['depth'\\]"),
     ],
 )
@@ -186,6 +195,33 @@ def test_what_early_exit_refuses_works_at_full_depth_as_in_stock():
         assert torch.equal(expected, output)
 
 
+def test_positional_arguments_are_refused_too(model):
+    inputs, assistant = tiny_inputs(2)["input_ids"], "another"
+    with pytest.raises(ValueError, match="`assistant_model`"):
+        model.generate(inputs, None, None, None, None, None, assistant, max_new_tokens=3, **ON)
+
+
+def test_a_model_over_several_devices_is_refused(model, monkeypatch):
+    monkeypatch.setattr(model, "hf_device_map", {"encoder": 0, "decoder": 1}, raising=False)
+    with pytest.raises(ValueError, match="spread over several devices"):
+        model.generate(**tiny_inputs(2), max_new_tokens=3, **ON)
+
+
+def test_deep_decoders_fall_back_to_stock_too():
+    _, model = tiny_pair("deeper decoder", 0)
+    expected = model.generate(**tiny_inputs(1), max_new_tokens=6)
+    for extra in ({"output_hidden_states": True, "return_dict_in_generate": True}, {"prompt_lookup_num_tokens": 2}):
+        output = model.generate(**tiny_inputs(1), max_new_tokens=6, **extra)
+        assert torch.equal(output.sequences if "return_dict_in_generate" in extra else output, expected)
+
+
+def test_objects_in_the_generation_config_are_not_saved_away(tmp_path):
+    _, model = tiny_pair("tied", 0)
+    model.generation_config.exit_criterion, model.generation_config.exit_threshold = SoftmaxResponse(), 0.5
+    with pytest.raises(ValueError, match="`generation_config.exit_criterion` is an object.*set it to a name"):
+        model.save_pretrained(tmp_path)
+
+
 def test_own_loops_are_the_librarys_at_full_depth():
     seen = {}
 
@@ -209,6 +245,12 @@ def test_settings_merge_call_over_passed_over_stored():
     assert merge({"exit_threshold": None}, passed, stored).early_exit is False
     assert merge({"early_exit": False}, passed, stored).early_exit is False
     assert merge({"exit_criterion": "fixed", "exit_layer": 2}, None, stored).schedule.threshold == 0.5
+    assert merge(
+        {"exit_criterion": "softmax", "exit_threshold": 0.1}, GenerationConfig(early_exit=False), stored
+    ).early_exit
+    assert merge({"exit_layer": 2}, None, GenerationConfig(exit_criterion="fixed", early_exit=False)).early_exit
+    with pytest.raises(ValueError, match="needs an `exit_threshold`"):
+        merge({"exit_criterion": "softmax"}, None, stored)
     off = GenerationConfig(exit_criterion="state", exit_threshold=0.9, early_exit=False)
     assert merge({}, None, off).early_exit is False
     assert merge({"exit_threshold": 0.5}, None, off).early_exit is True

@@ -36,7 +36,7 @@ def tiny_config(family: str = "tied", **changes) -> T5Config:
         "d_kv": 8,
         "d_ff": 48,
         "num_heads": 4,
-        "num_layers": 3,
+        "num_layers": NUM_LAYERS,
         "num_decoder_layers": NUM_LAYERS,
         "relative_attention_num_buckets": 8,
         "relative_attention_max_distance": 20,
@@ -107,7 +107,7 @@ class Unrest(LogitsProcessor):
         self.noise = strength * torch.randn(16, VOCABULARY, VOCABULARY, generator=generator, dtype=torch.float64)
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        return scores + self.noise[input_ids.shape[1] % 16, input_ids[:, -1]].to(scores)
+        return scores + self.noise.to(scores.device)[input_ids.shape[1] % 16, input_ids[:, -1]].to(scores)
 
 
 def unrest(seed: int = 0) -> LogitsProcessorList:
