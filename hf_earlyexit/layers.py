@@ -191,8 +191,8 @@ def gather_logits(decoder: Decoder, departures: list[Departure], run: ExitRun) -
 
 # --- T5 -------------------------------------------------------------------------------------------------------------
 
-attention.register("sdpa", sdpa_attention_forward)
-attention.register("eager", eager_attention_forward)
+attention.register("sdpa", sdpa_attention_forward, attention.sdpa)
+attention.register("eager", eager_attention_forward, eager_attention_forward)
 
 
 class CrossKeysValues(NamedTuple):

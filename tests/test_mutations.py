@@ -197,9 +197,9 @@ def keeps_the_padding_of_the_first_rows(follow):
 
 @swapped(attention, "attend")
 def attends_for_the_wrong_rows(attend):
-    def mutant(stock, module, query, key, value, live_rows, **kwargs):
+    def mutant(live, module, query, key, value, live_rows, **kwargs):
         first = Rows(range(len(live_rows)), live_rows.batch_size)
-        return attend(stock, module, query, key, value, first, **kwargs)
+        return attend(live, module, query, key, value, first, **kwargs)
 
     return mutant
 
