@@ -36,8 +36,8 @@ def attend(
 ) -> torch.Tensor:
     """`[live, length, heads, head]`: attention of `query [live, heads, length, head]` over keys of all rows.
 
-    One call of `attention` per run of neighbouring live rows, on views. Measured on one CPU thread (8 rows, 12 heads of
-    64): rows 0, 2, 4, 6 over 512 keys take 0.56 ms so, 0.97 ms as all 8 rows at once, 1.69 ms on gathered keys and
+    One call of `attention` per run of neighbouring live rows, on views. Measured on one CPU thread (8 rows, 12 heads
+    of 64): rows 0, 2, 4, 6 over 512 keys take 0.56 ms so, 0.97 ms as all 8 rows at once, 1.69 ms on gathered keys and
     values. All rows at once is faster only below some 30 keys, by 0.02 ms: not worth a second way.
 
     Args:
