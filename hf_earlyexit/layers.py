@@ -138,7 +138,7 @@ def run_prompt(decoder: Decoder, ids: torch.Tensor, cache: EarlyExitCache, run: 
 
 
 def pay_all(decoder: Decoder, cache: EarlyExitCache, run: ExitRun, rows: Rows) -> None:
-    """Leave no debt: what `fill="eager"` adds to a step."""
+    """Leave no debt: what `fill="eager"` adds to a step, one projection per layer over all rows."""
     for layer in range(1, decoder.num_layers + 1):
         run.work.filled_positions[layer] += cache.catch_up(layer, rows, decoder.project)
 
