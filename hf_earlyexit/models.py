@@ -103,7 +103,7 @@ class EarlyExitT5ForConditionalGeneration(EarlyExitGenerationMixin, T5ForConditi
 
     def _attend_for_live_rows(self) -> None:
         """Let the decoder's attention, whichever it is, be told which rows are live."""
-        implementation = self.config._attn_implementation
+        implementation = self.decoder.config._attn_implementation
         if implementation in ("sdpa", "eager"):
             self.decoder.config._attn_implementation = attention.PREFIX + implementation
 
