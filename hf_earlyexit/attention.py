@@ -48,16 +48,16 @@ def attend(
     if key.shape[0] == query.shape[0]:
         return attention(module, query, key, value, None, position_bias=position_bias, **kwargs)[0]
     outputs = []
+    per_row = position_bias is not None and position_bias.shape[0] > 1
     for run, here in zip(live_rows.runs, live_rows.places):
-        per_row = position_bias is not None and position_bias.shape[0] > 1
         bias = position_bias[here] if per_row else position_bias
         outputs.append(attention(module, query[here], key[run], value[run], None, position_bias=bias, **kwargs)[0])
     return torch.cat(outputs)
 
 
 def sdpa(module, query, key, value, attention_mask, position_bias, scaling, **kwargs):
-    """What the library's sdpa does when all masks are in `position_bias`, without what it then needs not ask: 2 % of
-    a step of a 12-layer decoder at batch 1."""
+    """What the library's sdpa does when all masks are in `position_bias`, without what it then needs not ask: about
+    1 % of a step of a 12-layer decoder at batch 1."""
     output = scaled_dot_product_attention(query, key, value, attn_mask=position_bias, scale=scaling)
     return output.transpose(1, 2), None
 

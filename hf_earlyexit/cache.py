@@ -111,13 +111,14 @@ class EarlyExitCache(Cache):
         """Store the current tokens' keys and values, `[rows, heads, length, head]`, behind what each row holds."""
         length = keys.shape[2]
         keys, values = keys.to(self.dtype), values.to(self.dtype)
+        start = self._common_length(rows)
         for arena, new in ((self.keys[layer - 1], keys), (self.values[layer - 1], values)):
-            if (start := self._common_length(rows)) is not None:
+            if start is not None:
                 rows.place(arena[:, :, start : start + length], new)
             else:
                 for place, row in enumerate(rows):
-                    start = self.lengths[row]
-                    arena[row, :, start : start + length] = new[place]
+                    own = self.lengths[row]
+                    arena[row, :, own : own + length] = new[place]
         filled = self.filled[layer - 1]
         for row in rows:
             filled[row] = self.lengths[row] + length

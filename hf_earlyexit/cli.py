@@ -82,6 +82,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def one_line(error: Exception) -> str:
+    """An error as one line."""
     if isinstance(error, OSError) and error.filename and error.strerror:
         return f"{error.filename}: {error.strerror}"
     return " ".join(str(error).split())
@@ -98,6 +99,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def build_parser() -> argparse.ArgumentParser:
+    """The parser of all verbs."""
     parser = Parser(prog=PROGRAM, description=DESCRIPTION)
     parser.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
     verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
@@ -108,6 +110,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def add_verb(verbs, name: str, verb, summary: str, description: str, example: str) -> argparse.ArgumentParser:
+    """A verb's parser, which runs `verb`; its help ends in the example."""
     parser = verbs.add_parser(
         name,
         help=summary,
@@ -120,6 +123,7 @@ def add_verb(verbs, name: str, verb, summary: str, description: str, example: st
 
 
 def add_demo_arguments(parser: argparse.ArgumentParser) -> None:
+    """What `demo` takes."""
     add_exit_settings(parser, criterion="softmax", threshold="0.85")
     parser.add_argument(
         "--exit-layers", type=positive, nargs="+", metavar="LAYER", help="layers with an exit point (2 4 6)"
@@ -129,6 +133,7 @@ def add_demo_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_generate_arguments(parser: argparse.ArgumentParser) -> None:
+    """What `generate` takes."""
     files = parser.add_argument_group("files")
     files.add_argument("--input-file", required=True, metavar="FILE", help="text or JSON lines; - is stdin")
     files.add_argument(
@@ -173,6 +178,7 @@ def add_exit_settings(parser, criterion: str, threshold: str) -> None:
 
 
 def positive(text: str) -> int:
+    """A whole number from 1 on."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 on")
     return int(text)
@@ -195,6 +201,7 @@ def exit_settings(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def demo(arguments: argparse.Namespace) -> int:
+    """The verb `demo`."""
     from hf_earlyexit.demo import describe, run_trial
 
     trial = run_trial(exit_settings(arguments), arguments.exit_layers, arguments.max_new_tokens)
@@ -211,6 +218,7 @@ def text_width() -> int:
 
 
 def generate(arguments: argparse.Namespace) -> int:
+    """The verb `generate`."""
     records = read_records(arguments.input_file, arguments.input_field)
     check_arguments(arguments)
     model, tokenizer = load(arguments)
@@ -279,6 +287,7 @@ def check_arguments(arguments: argparse.Namespace) -> None:
 
 
 def check_device(name: str) -> None:
+    """Refuse a device that cannot be used here."""
     import torch
 
     try:
@@ -288,6 +297,7 @@ def check_device(name: str) -> None:
 
 
 def model_path(arguments: argparse.Namespace) -> str | Path:
+    """Where the model is: what was asked for, or the shipped one."""
     from hf_earlyexit.default import CHECKPOINT
 
     return arguments.model or CHECKPOINT
@@ -306,6 +316,7 @@ def load(arguments: argparse.Namespace):
 
 
 def open_output(path: str | None) -> AbstractContextManager[TextIO]:
+    """Where results go, to be used in a `with`; stdout is left open."""
     return open(path, "w", encoding="utf-8") if path else nullcontext(sys.stdout)
 
 
@@ -317,6 +328,7 @@ def progress(total: int, output: TextIO):
 
 
 def batches(records: list[dict[str, Any]], size: int) -> Iterator[list[dict[str, Any]]]:
+    """The records in batches of at most `size`, in order."""
     return (records[start : start + size] for start in range(0, len(records), size))
 
 

@@ -102,7 +102,6 @@ class ExitHeads(nn.Module):
 
     def __init__(self, config: EarlyExitConfig, hidden_size: int, epsilon: float):
         super().__init__()
-        self.config = config
         self.heads = nn.ModuleDict(
             {
                 str(layer): HEADS[kind](hidden_size, epsilon)
@@ -122,7 +121,7 @@ class ExitHeads(nn.Module):
 
     def exit_probability(self, layer: int, hidden: torch.Tensor) -> torch.Tensor:
         """`[rows]` of `hidden [rows, hidden]`."""
-        name = "shared" if self.config.classifier.shared else str(layer)
+        name = "shared" if "shared" in self.classifiers else str(layer)
         return torch.sigmoid(self.classifiers[name](hidden))
 
     @torch.no_grad()

@@ -259,8 +259,10 @@ class T5Decoder:
         self.dtype = self.blocks[0].layer[0].SelfAttention.relative_attention_bias.weight.dtype
         self.view = T5BlockView(cache)
         source = self.encoder_states.shape[1]
-        self.cross_mask = additive_mask(encoder_mask, self.dtype, self.encoder_states.device, source)
-        self.decoder_mask = decoder_mask if decoder_mask is not None and not decoder_mask.all() else None
+        device = self.encoder_states.device
+        self.cross_mask = additive_mask(encoder_mask, self.dtype, device, source)
+        padded = decoder_mask is not None and not decoder_mask.all()
+        self.prompt_mask = additive_mask(decoder_mask, self.dtype, device, decoder_mask.shape[1]) if padded else None
         self.reversed_bias = torch.empty(0)
 
     @staticmethod
@@ -343,8 +345,8 @@ class T5Decoder:
             bias = self.reversed_bias[..., -keys:].contiguous()
         else:
             bias = self._bias_at([cache.lengths[row] for row in range(cache.num_rows)], length, keys)
-        if self.decoder_mask is not None:
-            bias = bias + additive_mask(self.decoder_mask, bias.dtype, bias.device, keys)
+        if self.prompt_mask is not None:
+            bias = bias + nn.functional.pad(self.prompt_mask, (0, keys - self.prompt_mask.shape[-1]))
         return bias
 
     def _bias_at(self, starts: list[int], length: int, keys: int) -> torch.Tensor:
@@ -361,11 +363,9 @@ def additive_mask(mask: torch.Tensor | None, dtype: torch.dtype, device: torch.d
     """What shuts out padding when added to attention scores: `[batch, 1, 1, keys]`, zeros `[1, 1, 1, keys]` if none.
 
     Args:
-        mask: `[batch, up to keys]`, 0 where a key is padding; keys beyond it are none.
+        mask: `[batch, keys]`, 0 where a key is padding.
     """
     if mask is None or bool(mask.all()):
         return torch.zeros(1, 1, 1, keys, dtype=dtype, device=device)
-    added = torch.zeros(len(mask), 1, 1, keys, dtype=dtype, device=device)
-    padding = mask[:, :keys].to(device).bool().logical_not()
-    added[..., : padding.shape[1]].masked_fill_(padding[:, None, None], torch.finfo(dtype).min)
-    return added
+    padding = mask.to(device).bool().logical_not()[:, None, None]
+    return torch.zeros(padding.shape, dtype=dtype, device=device).masked_fill_(padding, torch.finfo(dtype).min)

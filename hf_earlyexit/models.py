@@ -83,7 +83,6 @@ class EarlyExitT5ForConditionalGeneration(EarlyExitGenerationMixin, T5ForConditi
         model.exit_heads.start_as_logit_lens(model.decoder.final_layer_norm, missing)
         if any(name.startswith("classifiers.") for name in missing):
             model.config.early_exit["classifier"]["trained"] = False
-        model.exit_heads.to(model.lm_head.weight.dtype)
         model.generation_config._from_model_config = False
         return (model, info) if output_loading_info else model
 

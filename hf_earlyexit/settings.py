@@ -66,7 +66,7 @@ class ExitSettings:
         asked = next((on for on in map(_asks, (given, passed, stored)) if on is not None), False)
         settings = cls(**{**values, "early_exit": asked})
         settings._check_values()
-        settings._check_company(set(explicit), explicit.get("early_exit"))
+        settings._check_company(explicit)
         return settings
 
     def _check_values(self) -> None:
@@ -85,15 +85,11 @@ class ExitSettings:
         if self.exit_layer is not None and not (is_integer(self.exit_layer) and self.exit_layer >= 1):
             raise ValueError(f"`exit_layer` must be an integer from 1 on, got {self.exit_layer!r}.")
 
-    def _check_company(self, explicit: set[str], asked: bool | None) -> None:
-        """Check what goes with what.
-
-        Args:
-            explicit: The names that the call itself has set.
-            asked: The call's own `early_exit`; False lets the other settings rest.
-        """
-        idle = sorted({"exit_schedule", "batch_exit", "fill"} & explicit)
-        if idle and self.exit_criterion is None and asked is not False:
+    def _check_company(self, explicit: dict[str, Any]) -> None:
+        """Check what goes with what; `explicit` is what the call itself has set, and its `early_exit=False` lets the
+        rest be."""
+        idle = sorted({"exit_schedule", "batch_exit", "fill"} & set(explicit))
+        if idle and self.exit_criterion is None and explicit.get("early_exit") is not False:
             raise ValueError(f"`{idle[0]}` does nothing without an `exit_criterion`: one of {list(CRITERIA)}.")
         if "exit_layer" in explicit and self.exit_criterion != "fixed":
             raise ValueError(

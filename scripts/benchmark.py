@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import importlib
 import json
 import math
 import os
@@ -43,6 +42,7 @@ from transformers import PreTrainedTokenizerFast, T5Config, T5ForConditionalGene
 from transformers.modeling_outputs import BaseModelOutput
 
 from hf_earlyexit import EarlyExitT5Config, EarlyExitT5ForConditionalGeneration, ExitPoint
+from hf_earlyexit.extras import require
 
 
 CASES = ("batch1", "rows", "phase", "ctranslate2")
@@ -232,11 +232,11 @@ def project(parts: list[nn.Module], steps: list[torch.Tensor]) -> None:
 
 
 def import_ctranslate2() -> Any:
+    """CTranslate2, or an end that says what to install or pass."""
     try:
-        return importlib.import_module("ctranslate2")
-    except ImportError:
-        advice = "`pip install hf-earlyexit[bench]`, or pass `--no-ctranslate2`"
-        raise SystemExit(f"The CTranslate2 case needs ctranslate2: {advice}.") from None
+        return require("ctranslate2", "bench")
+    except ImportError as error:
+        raise SystemExit(f"{error}, or pass `--no-ctranslate2`.") from None
 
 
 def pieces(vocab_size: int) -> list[str]:

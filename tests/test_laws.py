@@ -8,7 +8,7 @@ import torch
 from hf_earlyexit import ClassifierConfig, EarlyExitConfig
 from hf_earlyexit.policies import CRITERIA
 from tests import laws
-from tests.tiny import ENDS, FAMILIES, NUM_LAYERS, tiny_inputs, tiny_pair
+from tests.tiny import FAMILIES, NUM_LAYERS, tiny_inputs, tiny_pair
 from tests.watching import Recording, Scripted, pseudo_random_script, threshold_for
 
 
@@ -234,4 +234,4 @@ def test_beyond_a_thousand_tokens():
     lazy, _ = laws.follows_frozen_rows(stock, model, inputs, script, max_new_tokens=1100, ends=[])
     assert lazy.layers_run.shape == (2, 1100)
     assert lazy.past_key_values.capacity >= 1100
-    assert ENDS  # nothing ended: the texts ran to their full length
+    assert (lazy.layers_run > 0).all()
