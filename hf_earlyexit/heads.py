@@ -119,10 +119,14 @@ class ExitHeads(nn.Module):
         name = str(layer)
         return self.heads[name] if name in self.heads else final_norm  # noqa: SIM401 (a ModuleDict has no `get`)
 
+    def exit_logits(self, layer: int, hidden: torch.Tensor) -> torch.Tensor:
+        """`[rows]` of `hidden [rows, hidden]`, before the sigmoid."""
+        name = "shared" if "shared" in self.classifiers else str(layer)
+        return self.classifiers[name](hidden)
+
     def exit_probability(self, layer: int, hidden: torch.Tensor) -> torch.Tensor:
         """`[rows]` of `hidden [rows, hidden]`."""
-        name = "shared" if "shared" in self.classifiers else str(layer)
-        return torch.sigmoid(self.classifiers[name](hidden))
+        return torch.sigmoid(self.exit_logits(layer, hidden))
 
     @torch.no_grad()
     def start_as_logit_lens(self, final_norm: nn.Module, missing: set[str] | None = None) -> None:

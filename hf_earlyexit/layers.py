@@ -254,7 +254,6 @@ class T5Decoder:
     ):
         self.model, self.stack, self.blocks = model, model.decoder, model.decoder.block
         self.num_layers = len(self.blocks)
-        self.scale = model.model_dim**-0.5 if model.config.scale_decoder_outputs else 1.0
         self.encoder_states = cache.encoder_states
         self.dtype = self.blocks[0].layer[0].SelfAttention.relative_attention_bias.weight.dtype
         self.view = T5BlockView(cache)
@@ -323,8 +322,7 @@ class T5Decoder:
         return module.k(states).view(shape), module.v(states).view(shape)
 
     def head_input(self, layer: int, hidden: torch.Tensor) -> torch.Tensor:
-        head = self.model.exit_heads.head_of(layer, self.stack.final_layer_norm)
-        return head(hidden) * self.scale
+        return self.model.exit_head_input(layer, hidden)
 
     def lm_head(self, head_input: torch.Tensor) -> torch.Tensor:
         return self.model.lm_head(head_input)

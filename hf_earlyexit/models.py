@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import os
+from collections.abc import Callable
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForSeq2SeqLM, PreTrainedConfig, T5ForConditionalGeneration
+from transformers import AutoConfig, AutoModelForSeq2SeqLM, PreTrainedConfig, T5Config, T5ForConditionalGeneration
 from transformers.modeling_outputs import Seq2SeqLMOutput
 
 from hf_earlyexit import attention
@@ -15,7 +17,9 @@ from hf_earlyexit.cache import EarlyExitCache
 from hf_earlyexit.config import EarlyExitConfig, EarlyExitT5Config, early_exit_config
 from hf_earlyexit.generation import EarlyExitGenerationMixin
 from hf_earlyexit.heads import ExitHeads, initialize
+from hf_earlyexit.labelled import LabelledExits
 from hf_earlyexit.layers import T5Decoder, decode_step
+from hf_earlyexit.settings import ExitSettings
 
 
 class EarlyExitT5ForConditionalGeneration(EarlyExitGenerationMixin, T5ForConditionalGeneration):
@@ -27,6 +31,9 @@ class EarlyExitT5ForConditionalGeneration(EarlyExitGenerationMixin, T5ForConditi
 
     config_class = EarlyExitT5Config
     decoder_adapter = T5Decoder
+    # T5 takes `num_items_in_batch` and ignores it, so that a `Trainer` that believes it was heeded does not divide the
+    # losses of accumulated batches by their number.
+    accepts_loss_kwargs = False
 
     def __init__(self, config: EarlyExitT5Config):
         if not isinstance(config, EarlyExitT5Config):
@@ -86,8 +93,40 @@ class EarlyExitT5ForConditionalGeneration(EarlyExitGenerationMixin, T5ForConditi
         model.generation_config._from_model_config = False
         return (model, info) if output_loading_info else model
 
+    def save_stock(self, save_directory: str | os.PathLike) -> None:
+        """Save what full depth needs as a plain `t5` checkpoint, without exits and exit settings.
+
+        For whatever knows stock T5 only, such as CTranslate2's converter. The tokenizer is to be saved beside it.
+        """
+        values = self.config.to_dict()
+        for name in ("model_type", "architectures", "transformers_version", "early_exit"):
+            values.pop(name, None)
+        config = T5Config(**values)
+        config.scale_decoder_outputs = self.config.scale_decoder_outputs
+        with torch.device("meta"):
+            stock = T5ForConditionalGeneration(config)
+        weights = {name: tensor for name, tensor in self.state_dict().items() if not name.startswith("exit_heads.")}
+        stock.load_state_dict(weights, assign=True)
+        stock.generation_config = copy.deepcopy(self.generation_config)
+        for name in ExitSettings.names():
+            stock.generation_config.__dict__.pop(name, None)
+        stock.save_pretrained(save_directory)
+
+    def exit_head_input(self, layer: int, hidden: torch.Tensor) -> torch.Tensor:
+        """What the LM head sees of `hidden [..., hidden]`, the output of block `layer`, when a token leaves there."""
+        head = self.exit_heads.head_of(layer, self.decoder.final_layer_norm)
+        return head(hidden) * (self.model_dim**-0.5 if self.config.scale_decoder_outputs else 1.0)
+
     @functools.wraps(T5ForConditionalGeneration.forward)
-    def forward(self, *args, **kwargs):
+    def forward(self, *args, exit_objective: Callable[[LabelledExits], torch.Tensor] | None = None, **kwargs):
+        """Stock's, unless handed an `EarlyExitCache`, as `generate` does, or an `exit_objective`, as training does.
+
+        Args:
+            exit_objective: Is shown what every exit point says of the batch, all layers run; what it makes of that is
+                the output's `loss`. Needs `labels`.
+        """
+        if exit_objective is not None:
+            return Seq2SeqLMOutput(loss=exit_objective(self._labelled_exits(**kwargs)))
         cache = kwargs.get("past_key_values")
         if not isinstance(cache, EarlyExitCache):
             return super().forward(*args, **kwargs)
@@ -95,6 +134,16 @@ class EarlyExitT5ForConditionalGeneration(EarlyExitGenerationMixin, T5ForConditi
             raise ValueError("An `EarlyExitCache` belongs to a `generate` call: pass it to `model.generate(...)`.")
         logits = decode_step(kwargs["exit_decoder"], kwargs["decoder_input_ids"], cache, kwargs["exit_run"])
         return Seq2SeqLMOutput(logits=logits, past_key_values=cache)
+
+    def _labelled_exits(self, labels: torch.Tensor | None = None, **kwargs) -> LabelledExits:
+        if labels is None:
+            raise ValueError("`exit_objective` needs `labels`, got None.")
+        if kwargs.get("decoder_input_ids") is None:
+            kwargs["decoder_input_ids"] = self.prepare_decoder_input_ids_from_labels(labels)
+        output = super().forward(**kwargs, output_hidden_states=True, use_cache=False)
+        score = lambda layer, hidden: self.lm_head(self.exit_head_input(layer, hidden))  # noqa: E731
+        layers, classify = self.early_exit.exit_layers, self.exit_heads.exit_logits
+        return LabelledExits(layers, output.decoder_hidden_states, output.logits, labels, score, classify)
 
     def set_attn_implementation(self, *args, **kwargs) -> None:
         super().set_attn_implementation(*args, **kwargs)

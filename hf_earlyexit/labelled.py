@@ -1,0 +1,78 @@
+"""Answers for what the exit points of a decoder say of a batch with labels, all layers run: what training looks at.
+
+Knows nothing of losses, which are `objectives.py`, nor of `generate`: nobody leaves here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cached_property
+
+import torch
+
+
+IGNORED = -100
+
+
+class LabelledExits:
+    """The labelled tokens of a batch at every exit point and at the last layer. N = tokens with a label.
+
+    States and scores are computed when they are asked for; those of padding never are.
+
+    Args:
+        layers: The exit points, as counts of layers run, ascending.
+        hidden_states: `[batch, length, hidden]` after 0, 1, ... layers, as the library gives a decoder's: the last one
+            is behind the final norm and is not looked at.
+        last_logits: `[batch, length, vocabulary]`, the last layer's.
+        labels: `[batch, length]`, -100 where there is none.
+        score: `(layer, hidden [N, hidden]) -> logits [N, vocabulary]`, an exit's head.
+        classify: `(layer, hidden [N, hidden]) -> logits [N]`, an exit's classifier.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[int],
+        hidden_states: Sequence[torch.Tensor],
+        last_logits: torch.Tensor,
+        labels: torch.Tensor,
+        score: Callable[[int, torch.Tensor], torch.Tensor],
+        classify: Callable[[int, torch.Tensor], torch.Tensor],
+    ):
+        self.layers, self.num_layers = tuple(layers), len(hidden_states) - 1
+        self._hidden_states, self._last_logits = hidden_states, last_logits
+        self._mask = labels != IGNORED
+        self._labels = labels
+        self._score, self._classify = score, classify
+
+    @cached_property
+    def labels(self) -> torch.Tensor:
+        """`[N]`."""
+        return self._labels[self._mask]
+
+    @cached_property
+    def rows(self) -> torch.Tensor:
+        """`[N]`, the batch row of each token."""
+        return self._mask.nonzero()[:, 0]
+
+    @property
+    def batch_size(self) -> int:
+        return len(self._labels)
+
+    def hidden(self, layer: int) -> torch.Tensor:
+        """`[N, hidden]`, the output of block `layer`, before any norm."""
+        return self._hidden_states[layer][self._mask]
+
+    def logits(self, layer: int) -> torch.Tensor:
+        """`[N, vocabulary]` of an exit point, or of the last layer."""
+        if layer == self.num_layers:
+            return self._last_logits[self._mask]
+        return self._score(layer, self.hidden(layer))
+
+    def exit_logits(self, layer: int) -> torch.Tensor:
+        """`[N]`, the exit classifier's, before the sigmoid."""
+        return self._classify(layer, self.hidden(layer))
+
+    @cached_property
+    def full_depth_choices(self) -> torch.Tensor:
+        """`[N]`, the token that the last layer would write."""
+        return self.logits(self.num_layers).argmax(dim=-1)

@@ -1,0 +1,196 @@
+"""Answers for training exits with the library's `Seq2SeqTrainer`: what moves, what rests, what it cost full depth.
+
+What is trained towards is an objective (`objectives.py`); this file never looks inside one.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import Sampler, SequentialSampler
+from transformers import Seq2SeqTrainer, TrainerCallback
+from transformers.trainer_utils import TrainOutput
+
+from hf_earlyexit.exit_report import CountExits, summarize
+from hf_earlyexit.models import EarlyExitT5ForConditionalGeneration
+from hf_earlyexit.objectives import Objective
+from hf_earlyexit.settings import ExitSettings
+
+
+BEFORE, AFTER = "full_depth_before", "full_depth_after"
+
+
+class EarlyExitTrainer(Seq2SeqTrainer):
+    """A `Seq2SeqTrainer` for exits: any argument of that one, and an objective.
+
+    The loss of a step is the mean over all its tokens, whatever the number of accumulated batches and of processes.
+    What the objective does not move is frozen while training, and rests in `eval()`. Evaluation is of the last layer,
+    at full depth: `eval_loss` is its cross-entropy, and `predict_with_generate` generates with `early_exit=False`.
+    Full depth is evaluated before the first step and after the last one, always: metrics `full_depth_before_*` and
+    `full_depth_after_*`, in the log and in what `train` returns. A resumed run keeps the figures of its first start.
+
+    Args:
+        objective: What to train towards, see `hf_earlyexit.objectives`.
+        evaluate_exits: Whether every evaluation also reports each exit point (see `evaluate`). With an objective for
+            classifiers it does.
+        args, kwargs: As for `Seq2SeqTrainer`. An `eval_dataset` is needed.
+
+    Raises:
+        ValueError: There is no `eval_dataset`, the model cannot be trained so, or one process has several GPUs.
+    """
+
+    # `compute_loss` divides by the tokens of all accumulated batches.
+    loss_is_scaled_for_ga = True
+
+    def __init__(self, *args, objective: Objective, evaluate_exits: bool = False, **kwargs):
+        super().__init__(*args, **kwargs)
+        self._check(objective)
+        self.objective = objective
+        self.evaluate_exits = evaluate_exits or objective.trains_classifiers
+        # Has the library count the tokens of accumulated batches and of all processes for `compute_loss`.
+        self.model_accepts_loss_kwargs = True
+        self._resting: list[nn.Module] = []
+        self.add_callback(_AroundTraining(self))
+
+    def _check(self, objective: Objective) -> None:
+        if not isinstance(self.model, EarlyExitT5ForConditionalGeneration):
+            raise ValueError(f"`model` must be an early-exit model, got `{type(self.model).__name__}`.")
+        if self.eval_dataset is None:
+            raise ValueError("`eval_dataset` is None: full depth is evaluated before and after training, so pass one.")
+        if self.args.n_gpu > 1:
+            raise ValueError(f"One process with {self.args.n_gpu} GPUs: start one per GPU with `accelerate launch`.")
+        objective.check(self.model.early_exit)
+
+    def train(self, *args, **kwargs) -> TrainOutput:
+        """As the library's; the metrics returned have full depth before and after.
+
+        Raises:
+            ValueError: Nothing is left to train: what the objective moves is frozen.
+        """
+        with only_moving(self.model, self.objective.moves) as self._resting:
+            output = super().train(*args, **kwargs)
+        after = self.evaluate(metric_key_prefix=AFTER)
+        return output._replace(metrics={**output.metrics, **self.full_depth_before, **after})
+
+    @property
+    def full_depth_before(self) -> dict[str, float]:
+        """What was measured before the first step, kept in the state that checkpoints hold; empty until then."""
+        logged = (item for entry in self.state.log_history for item in entry.items())
+        return {name: value for name, value in logged if name.startswith(BEFORE)}
+
+    def evaluate(
+        self,
+        eval_dataset=None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+        exits: bool | None = None,
+        **gen_kwargs,
+    ) -> dict[str, float]:
+        """As the library's, at full depth unless `gen_kwargs` has exit settings.
+
+        Args:
+            exits: Also report every exit point under teacher forcing, such as `eval_exit_2_loss`: what there is, is
+                said by `hf_earlyexit.exit_report.summarize`. None: as the trainer was told.
+        """
+        if not set(ExitSettings.names()) & set(gen_kwargs):
+            gen_kwargs["early_exit"] = False
+        metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix, **gen_kwargs)
+        if self.evaluate_exits if exits is None else exits:
+            report = {f"{metric_key_prefix}_{name}": value for name, value in self.report_exits(eval_dataset).items()}
+            self.log(report)
+            metrics |= report
+        return metrics
+
+    @torch.no_grad()
+    def report_exits(self, dataset=None) -> dict[str, float]:
+        """The worth of every exit point under teacher forcing, such as `exit_2_loss`."""
+        self.model.eval()
+        count, total = CountExits(self.model.early_exit), 0
+        for inputs in self.get_eval_dataloader(dataset):
+            counts = self.model(**self._prepare_inputs(inputs), exit_objective=count).loss
+            total = total + self.accelerator.gather_for_metrics(counts).double().sum(dim=0)
+        return summarize(total, self.model.early_exit, self.model.config.num_decoder_layers)
+
+    def _get_eval_sampler(self, eval_dataset) -> Sampler | None:
+        """In order: the library follows the training's `train_sampling_strategy`, and texts lose their references."""
+        return SequentialSampler(eval_dataset)
+
+    def prediction_step(self, *args, **kwargs):
+        """As the library's, which fills the model's `generation_config` with defaults; here it stays as it was."""
+        kept = copy.deepcopy(self.model.generation_config)
+        try:
+            return super().prediction_step(*args, **kwargs)
+        finally:
+            self.model.generation_config = kept
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch=None
+    ):
+        """The objective's mean over the tokens of a step; the last layer's loss where the model is evaluated."""
+        if not self.model.training:
+            output = model(**inputs)
+            return (output.loss, output) if return_outputs else output.loss
+        for module in self._resting:
+            module.eval()
+        losses = model(**inputs, exit_objective=self.objective.token_losses).loss
+        if num_items_in_batch is None:
+            return losses.mean()
+        # Gradients are averaged over the processes, whose tokens have been added up.
+        shares = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
+        return losses.sum() * shares / num_items_in_batch
+
+
+@contextmanager
+def only_moving(model: nn.Module, moves: Callable[[str], bool]) -> Iterator[list[nn.Module]]:
+    """Freeze the parameters that do not move, and give back the modules that have only such ones.
+
+    Raises:
+        ValueError: No parameter is left.
+    """
+    frozen = [parameter for name, parameter in model.named_parameters() if parameter.requires_grad and not moves(name)]
+    for parameter in frozen:
+        parameter.requires_grad_(False)
+    try:
+        if not any(parameter.requires_grad for parameter in model.parameters()):
+            raise ValueError("Nothing is left to train: every parameter that the objective moves is frozen.")
+        yield list(_frozen_modules(model))
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(True)
+
+
+def _frozen_modules(module: nn.Module) -> Iterator[nn.Module]:
+    """The outermost modules that have parameters and none that moves."""
+    for child in module.children():
+        parameters = list(child.parameters())
+        if parameters and not any(parameter.requires_grad for parameter in parameters):
+            yield child
+        else:
+            yield from _frozen_modules(child)
+
+
+class _AroundTraining(TrainerCallback):
+    """Measures full depth before the first step, and keeps what the configuration says of the classifiers true."""
+
+    def __init__(self, trainer: EarlyExitTrainer):
+        self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        trainer = self.trainer
+        if not trainer.full_depth_before:
+            trainer.evaluate(metric_key_prefix=BEFORE)
+        if trainer.objective.trains_classifiers:
+            before = trainer.full_depth_before
+            layers = trainer.model.early_exit.exit_layers
+            agreement = {layer: before[f"{BEFORE}_exit_{layer}_agreement"] for layer in layers}
+            trainer.objective = trainer.objective.prepared(agreement)
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        classifier = self.trainer.model.config.early_exit["classifier"]
+        if classifier is not None:
+            classifier["trained"] = self.trainer.objective.trains_classifiers

@@ -1,0 +1,227 @@
+"""Train the exits of a T5 with `EarlyExitTrainer`, and say what it cost full depth.
+
+Two stages make a full early-exit checkpoint, each one run of this script. First the whole model learns to speak at
+every exit point, then exit classifiers learn on the frozen result:
+
+    python scripts/train_exits.py --model google-t5/t5-small --dataset cnn_dailymail --prefix "summarize: " \\
+        --output_dir exits --objective multi_exit --exit_layers 2 4 --num_train_epochs 1
+    python scripts/train_exits.py --model exits --dataset cnn_dailymail --prefix "summarize: " \\
+        --output_dir exits-classified --objective classifiers --num_train_epochs 0.2
+
+Several processes: `accelerate launch --multi_gpu --num_processes 2 scripts/train_exits.py ...`; on a CPU the same with
+ACCELERATE_USE_CPU=true before it, or `torchrun --nproc-per-node 2 scripts/train_exits.py ... --use_cpu`.
+
+A run that was cut off goes on with `--resume`. All arguments of `Seq2SeqTrainingArguments` are arguments here.
+The last line of stdout is JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from datasets import Dataset, load_dataset
+from transformers import (
+    AutoTokenizer,
+    DataCollatorForSeq2Seq,
+    EvalPrediction,
+    HfArgumentParser,
+    PreTrainedTokenizerBase,
+    Seq2SeqTrainingArguments,
+)
+from transformers.trainer_utils import get_last_checkpoint
+
+from hf_earlyexit import ClassifierConfig, EarlyExitConfig, EarlyExitT5ForConditionalGeneration
+from hf_earlyexit.config import CLASSIFIER_KINDS, HEAD_KINDS
+from hf_earlyexit.data import Example, column_pairs, group_by_input, read_file, text_columns
+from hf_earlyexit.metrics import Rouge
+from hf_earlyexit.objectives import OBJECTIVES, WEIGHTS, ExitClassifiers, MultiExit, Objective
+from hf_earlyexit.training import EarlyExitTrainer
+
+
+DATASET_CONFIGS = {"cnn_dailymail": "3.0.0", "abisee/cnn_dailymail": "3.0.0"}
+
+
+@dataclass
+class ModelArguments:
+    """The model and its exits."""
+
+    model: str = field(metadata={"help": "a T5 or early-exit checkpoint: a folder or a Hub id"})
+    exit_layers: list[int] | None = field(
+        default=None, metadata={"help": "layers with an exit point (the checkpoint's, or all but the last)"}
+    )
+    heads: str | None = field(default=None, metadata={"help": f"kind of the exit heads: {', '.join(HEAD_KINDS)}"})
+    classifier: str = field(
+        default="linear", metadata={"help": f"with the objective classifiers: {' or '.join(CLASSIFIER_KINDS)}"}
+    )
+    classifier_per_layer: bool = field(default=False, metadata={"help": "one classifier for each exit point"})
+
+
+@dataclass
+class ObjectiveArguments:
+    """What to train towards."""
+
+    objective: str = field(default="multi_exit", metadata={"help": " or ".join(OBJECTIVES)})
+    weights: str = field(default="linear", metadata={"help": f"multi_exit: loss weights, {' or '.join(WEIGHTS)}"})
+    last_again: bool = field(default=False, metadata={"help": "multi_exit: add the last layer's loss once more"})
+
+
+@dataclass
+class DataArguments:
+    """The texts."""
+
+    dataset: str | None = field(default=None, metadata={"help": "name or folder, as for datasets.load_dataset"})
+    dataset_config: str | None = field(default=None, metadata={"help": "configuration of the data set"})
+    train_file: str | None = field(default=None, metadata={"help": "in place of --dataset: .csv, .jsonl or .parquet"})
+    validation_file: str | None = field(default=None, metadata={"help": "goes with --train_file"})
+    source_column: str | None = field(default=None, metadata={"help": "column of the inputs (known names are found)"})
+    target_column: str | None = field(default=None, metadata={"help": "column of the targets (known names are found)"})
+    prefix: str = field(default="", metadata={"help": "put before each input, such as 'summarize: '"})
+    max_source_tokens: int = field(default=512, metadata={"help": "inputs are cut to this length"})
+    max_target_tokens: int = field(
+        default=128, metadata={"help": "targets and generated texts are cut to this length"}
+    )
+    max_validation_inputs: int | None = field(default=None, metadata={"help": "distinct inputs to evaluate on (all)"})
+
+
+@dataclass
+class RunArguments:
+    """The run itself."""
+
+    resume: bool = field(default=False, metadata={"help": "go on from the last checkpoint in --output_dir"})
+
+
+class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Shows defaults, and the description as it is written."""
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Train, evaluate every exit, save; the last line printed is JSON."""
+    kinds = (ModelArguments, ObjectiveArguments, DataArguments, RunArguments, Seq2SeqTrainingArguments)
+    parser = HfArgumentParser(kinds, description=__doc__, formatter_class=_Formatter)
+    model_args, objective_args, data_args, run_args, training = parser.parse_args_into_dataclasses(argv)
+    objective = make_objective(objective_args)
+    tokenizer = AutoTokenizer.from_pretrained(model_args.model)
+    model = load_model(model_args, objective)
+    if training.generation_max_length is None and model.generation_config.max_new_tokens is None:
+        training.generation_max_length = data_args.max_target_tokens
+    training.predict_with_generate = True
+    train_pairs, validation_pairs = read_pairs(data_args)
+    examples = group_by_input(validation_pairs)[: data_args.max_validation_inputs]
+    validation_pairs = [(example.source, example.references[0]) for example in examples]
+    trainer = EarlyExitTrainer(
+        model=model,
+        args=training,
+        objective=objective,
+        train_dataset=tokenize(tokenizer, train_pairs, data_args),
+        eval_dataset=tokenize(tokenizer, validation_pairs, data_args),
+        data_collator=DataCollatorForSeq2Seq(tokenizer, model=model),
+        processing_class=tokenizer,
+        compute_metrics=RougeOfDistinctInputs(tokenizer, examples),
+    )
+    train(trainer, run_args, sys.argv[1:] if argv is None else argv)
+
+
+def make_objective(arguments: ObjectiveArguments) -> Objective:
+    """The objective that was asked for."""
+    if arguments.objective not in OBJECTIVES:
+        raise ValueError(f"--objective must be one of {list(OBJECTIVES)}, got {arguments.objective!r}.")
+    if arguments.objective == "classifiers":
+        return ExitClassifiers()
+    return MultiExit(arguments.weights, arguments.last_again)
+
+
+def load_model(arguments: ModelArguments, objective: Objective) -> EarlyExitT5ForConditionalGeneration:
+    """The checkpoint with the exits that were asked for; what was not asked for is the checkpoint's own."""
+    model_class = EarlyExitT5ForConditionalGeneration
+    own = model_class.config_class.from_pretrained(arguments.model).early_exit or {}
+    values = EarlyExitConfig.from_dict(own).to_dict()
+    if arguments.exit_layers is not None:
+        values |= {"exit_layers": arguments.exit_layers, "heads": "shared"}
+    if arguments.heads is not None:
+        values["heads"] = arguments.heads
+    if objective.trains_classifiers:
+        values["classifier"] = ClassifierConfig(arguments.classifier, shared=not arguments.classifier_per_layer)
+    return model_class.from_pretrained(arguments.model, early_exit=EarlyExitConfig(**values), dtype=torch.float32)
+
+
+def read_pairs(arguments: DataArguments) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
+    """Training and validation pairs, inputs with the prefix."""
+    if (arguments.dataset is None) == (arguments.train_file is None):
+        raise ValueError("Give either --dataset or --train_file.")
+    if arguments.train_file is not None and arguments.validation_file is None:
+        raise ValueError(
+            "--train_file goes with --validation_file: full depth is evaluated before and after training."
+        )
+    if arguments.train_file is not None:
+        parts = read_file(arguments.train_file), read_file(arguments.validation_file)
+    else:
+        config = arguments.dataset_config or DATASET_CONFIGS.get(arguments.dataset)
+        parts = load_dataset(arguments.dataset, config, split=["train", "validation"])
+    return tuple(pairs_of(part, arguments) for part in parts)
+
+
+def pairs_of(dataset: Dataset, arguments: DataArguments) -> list[tuple[str, str]]:
+    """The pairs of one split."""
+    columns = text_columns(dataset.column_names, arguments.source_column, arguments.target_column)
+    return column_pairs(dataset, *columns, prefix=arguments.prefix)
+
+
+def tokenize(tokenizer: PreTrainedTokenizerBase, pairs: list[tuple[str, str]], arguments: DataArguments) -> Dataset:
+    """Rows with `input_ids`, `attention_mask` and `labels`."""
+
+    def encode(rows: dict[str, list[str]]) -> dict[str, list[list[int]]]:
+        encoded = tokenizer(rows["source"], truncation=True, max_length=arguments.max_source_tokens)
+        targets = tokenizer(text_target=rows["target"], truncation=True, max_length=arguments.max_target_tokens)
+        return {**encoded, "labels": targets["input_ids"]}
+
+    sources, targets = zip(*pairs)
+    rows = Dataset.from_dict({"source": list(sources), "target": list(targets)})
+    return rows.map(encode, batched=True, remove_columns=rows.column_names, desc="tokenising")
+
+
+class RougeOfDistinctInputs:
+    """As `compute_metrics`: ROUGE of generated texts, each against all references of its input.
+
+    Args:
+        examples: The distinct inputs; what was generated is in their order unless the trainer says for which it is.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, examples: list[Example]):
+        self.tokenizer, self.examples = tokenizer, examples
+
+    def __call__(self, prediction: EvalPrediction) -> dict[str, float]:
+        ids = np.where(prediction.predictions < 0, self.tokenizer.pad_token_id, prediction.predictions)
+        texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
+        references = [list(example.references) for example in self.examples]
+        return Rouge().compute(predictions=texts, references=references)
+
+
+def train(trainer: EarlyExitTrainer, arguments: RunArguments, command: list[str]) -> None:
+    """Train, save, report each exit; prints the result as one JSON line."""
+    folder = trainer.args.output_dir
+    checkpoint = get_last_checkpoint(folder) if arguments.resume and Path(folder).is_dir() else None
+    metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
+    metrics |= evaluate_exits(trainer)
+    trainer.save_model()
+    trainer.save_state()
+    if trainer.is_world_process_zero():
+        print(json.dumps({"output_dir": folder, "command": command, "metrics": metrics}))
+
+
+def evaluate_exits(trainer: EarlyExitTrainer) -> dict[str, float]:
+    """Each exit under teacher forcing, and the texts when every token leaves there."""
+    metrics = trainer.report_exits()
+    for layer in trainer.model.early_exit.exit_layers:
+        prefix = f"always_{layer}"
+        metrics |= trainer.evaluate(metric_key_prefix=prefix, exits=False, exit_criterion="fixed", exit_layer=layer)
+    return metrics
+
+
+if __name__ == "__main__":
+    main()
