@@ -8,33 +8,29 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import shutil
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
-from importlib import metadata
 from pathlib import Path
 from typing import Any, TextIO
 
 from hf_earlyexit import __version__, report
+from hf_earlyexit.machine import environment
 
 
 PROGRAM = "hf-earlyexit"
-EXIT_SETTINGS = ("exit_criterion", "exit_threshold", "exit_layer", "exit_schedule", "batch_exit", "fill")
-RESULT_FIELDS = ("output", "tokens", "layers_run", "mean_layers")
-PACKAGES = (
-    "torch",
-    "transformers",
-    "tokenizers",
-    "accelerate",
-    "datasets",
-    "evaluate",
-    "rouge-score",
-    "ctranslate2",
+EXIT_SETTINGS = (
+    "exit_criterion",
+    "exit_threshold",
+    "exit_layers",
+    "exit_layer",
+    "exit_schedule",
+    "batch_exit",
+    "fill",
 )
-
+RESULT_FIELDS = ("output", "tokens", "layers_run", "mean_layers")
 DESCRIPTION = "Early-exit text generation for Hugging Face Transformers: easy tokens leave the decoder early."
 DEMO = """\
 Generate from real inputs with the model that ships with the package, and show for every token the layer it left at,
@@ -124,10 +120,7 @@ def add_verb(verbs, name: str, verb, summary: str, description: str, example: st
 
 def add_demo_arguments(parser: argparse.ArgumentParser) -> None:
     """What `demo` takes."""
-    add_exit_settings(parser, criterion="softmax", threshold="0.85")
-    parser.add_argument(
-        "--exit-layers", type=positive, nargs="+", metavar="LAYER", help="layers with an exit point (2 4 6)"
-    )
+    add_exit_settings(parser, criterion="softmax", threshold="0.85", layers="2 4 6")
     parser.add_argument("--max-new-tokens", type=positive, metavar="N", help="tokens per text at most (64)")
     parser.add_argument("--colour", choices=("auto", "always", "never"), default="auto", help="escape codes (auto)")
 
@@ -152,12 +145,12 @@ def add_generate_arguments(parser: argparse.ArgumentParser) -> None:
     text.add_argument("--max-new-tokens", type=positive, metavar="N", help="tokens per output at most (the model's)")
     text.add_argument("--num-beams", type=positive, metavar="N", help="beams; 1 is greedy (the model's)")
     exits = parser.add_argument_group("exit settings, the keywords of model.generate")
-    add_exit_settings(exits, criterion="the model's", threshold="the model's")
+    add_exit_settings(exits, criterion="the model's", threshold="the model's", layers="the model's")
     exits.add_argument("--exit-schedule", type=schedule, metavar="NAME", help="constant, calm, calm_released, or JSON")
     exits.add_argument("--no-early-exit", action="store_true", help="every token runs all layers, whatever is set")
 
 
-def add_exit_settings(parser, criterion: str, threshold: str) -> None:
+def add_exit_settings(parser, criterion: str, threshold: str, layers: str) -> None:
     """The exit settings of both verbs, with their defaults for the help."""
     parser.add_argument(
         "--exit-criterion",
@@ -171,6 +164,9 @@ def add_exit_settings(parser, criterion: str, threshold: str) -> None:
         type=float,
         metavar="X",
         help=f"confidence in [0, 1] from which a token leaves ({threshold})",
+    )
+    parser.add_argument(
+        "--exit-layers", type=positive, nargs="+", metavar="LAYER", help=f"exit points that are asked ({layers})"
     )
     parser.add_argument("--exit-layer", type=positive, metavar="LAYER", help="with fixed: the layer to leave at")
     parser.add_argument("--batch-exit", metavar="RULE", help="row, batch or batch_joint (row)")
@@ -204,7 +200,7 @@ def demo(arguments: argparse.Namespace) -> int:
     """The verb `demo`."""
     from hf_earlyexit.demo import describe, run_trial
 
-    trial = run_trial(exit_settings(arguments), arguments.exit_layers, arguments.max_new_tokens)
+    trial = run_trial(exit_settings(arguments), arguments.max_new_tokens)
     print(describe(trial, report.use_colour(arguments.colour, sys.stdout), text_width()))
     return 0
 
@@ -397,37 +393,3 @@ def env(arguments: argparse.Namespace) -> int:
     for name, value in facts.items():
         print(f"{name.ljust(width)}  {value}")
     return 0
-
-
-def environment() -> dict[str, str]:
-    """What a bug report should say about the machine and what is installed on it."""
-    import torch
-
-    versions = {name: version_of(name) for name in PACKAGES}
-    gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
-    return {
-        "hf_earlyexit": __version__,
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        **versions,
-        "cpu": cpu_model(),
-        "cores": str(os.cpu_count()),
-        "torch threads": str(torch.get_num_threads()),
-        "cuda": f"{torch.version.cuda}, {', '.join(gpus)}" if torch.cuda.is_available() else "not available",
-    }
-
-
-def version_of(package: str) -> str:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return "not installed"
-
-
-def cpu_model() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor() or platform.machine())

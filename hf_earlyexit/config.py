@@ -69,13 +69,11 @@ class EarlyExitConfig:
             raise ValueError(f"`classifier` must be a `ClassifierConfig`, a dict or None, got {self.classifier!r}.")
         if isinstance(self.classifier, dict):
             object.__setattr__(self, "classifier", ClassifierConfig(**known_fields(ClassifierConfig, self.classifier)))
-        for name in ("exit_layers", "heads"):
-            value = getattr(self, name)
-            if not isinstance(value, Sequence) and (name, value) != ("exit_layers", None):
-                raise ValueError(f"`{name}` must be a list, got {value!r}.")
+        if not isinstance(self.heads, Sequence):
+            raise ValueError(f"`heads` must be a kind or a list of kinds, got {self.heads!r}.")
         if self.exit_layers is not None:
-            object.__setattr__(self, "exit_layers", tuple(self.exit_layers))
             check_exit_layers(self.exit_layers)
+            object.__setattr__(self, "exit_layers", tuple(self.exit_layers))
         if not isinstance(self.heads, str):
             object.__setattr__(self, "heads", tuple(self.heads))
         for kind in (self.heads,) if isinstance(self.heads, str) else self.heads:
@@ -110,7 +108,10 @@ class EarlyExitConfig:
         return cls(**known_fields(cls, values or {}))
 
 
-def check_exit_layers(layers: tuple) -> None:
+def check_exit_layers(layers: Sequence[int]) -> None:
+    """Refuse what is no list of layers after which a token may leave."""
+    if not isinstance(layers, Sequence) or isinstance(layers, str):
+        raise ValueError(f"`exit_layers` must be a list, got {layers!r}.")
     if not all(is_integer(layer) and layer >= 1 for layer in layers):
         raise ValueError(f"`exit_layers` must be integers from 1 (after the first layer) on, got {list(layers)}.")
     if list(layers) != sorted(set(layers)):

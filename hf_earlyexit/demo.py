@@ -6,11 +6,11 @@
 from __future__ import annotations
 
 import statistics
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
+from random import Random
 from typing import Any
 
 import torch
@@ -19,11 +19,11 @@ from transformers import PreTrainedTokenizerBase, T5ForConditionalGeneration
 from transformers.utils import logging
 
 from hf_earlyexit import report
-from hf_earlyexit.config import EarlyExitConfig
 from hf_earlyexit.default import CHECKPOINT, default_inputs, load_default
 from hf_earlyexit.generation import EarlyExitGenerateOutput
 from hf_earlyexit.models import EarlyExitT5ForConditionalGeneration
 from hf_earlyexit.settings import ExitSettings
+from hf_earlyexit.timing import measure, one_thread
 
 
 EXIT_LAYERS = (2, 4, 6)
@@ -105,21 +105,18 @@ class Trial:
 # --- trying ---------------------------------------------------------------------------------------------------------
 
 
-def run_trial(
-    settings: dict[str, Any], exit_layers: Sequence[int] | None = None, max_new_tokens: int | None = None
-) -> Trial:
+def run_trial(settings: dict[str, Any], max_new_tokens: int | None = None) -> Trial:
     """Try the shipped model on its shipped inputs, as one batch, on one thread.
 
     Args:
-        settings: Exit settings, keywords of `generate`. Softmax, and a threshold where one is needed, if left out.
-        exit_layers: Layers with an exit point; if None `EXIT_LAYERS`, or all for the criterion `"fixed"`.
+        settings: Exit settings, keywords of `generate`; what is left out is as in `with_defaults`.
         max_new_tokens: Tokens per text at most; the checkpoint's own limit if None.
 
     Raises:
         ValueError: A setting is not legal.
     """
     settings = with_defaults(settings)
-    model, tokenizer, stock = load_models(settings, exit_layers)
+    model, tokenizer, stock = load_models()
     inputs = default_inputs()
     max_new_tokens = max_new_tokens or model.generation_config.max_new_tokens
     batch = dict(tokenizer(inputs, return_tensors="pt", padding=True), max_new_tokens=max_new_tokens)
@@ -129,7 +126,9 @@ def run_trial(
         full_output = model.generate(**batch, early_exit=False, return_dict_in_generate=True)
         stock_ids = stock.generate(**batch)
         choices = full_depth_choices(stock, batch, early_output.sequences)
-        stock_seconds, early_seconds = time_in_turn(partial(stock.generate, **batch), early)
+        calls = {"stock": partial(stock.generate, **batch), "early": early}
+        with tqdm(desc="timing", total=REPETITIONS, delay=2, leave=False, disable=None) as progress:
+            seconds = measure(calls, REPETITIONS, Random(0), progress.update).seconds["wall"]
     return Trial(
         inputs=inputs,
         settings=settings,
@@ -142,8 +141,8 @@ def run_trial(
         full=full_output,
         early=early_output,
         choices=choices,
-        stock_seconds=stock_seconds,
-        early_seconds=early_seconds,
+        stock_seconds=seconds["stock"],
+        early_seconds=seconds["early"],
     )
 
 
@@ -151,18 +150,14 @@ def with_defaults(settings: dict[str, Any]) -> dict[str, Any]:
     """`settings` with the demo's criterion, and its threshold unless the criterion is a fixed layer."""
     settings = {"exit_criterion": "softmax", **settings}
     if settings["exit_criterion"] != "fixed":
-        settings.setdefault("exit_threshold", THRESHOLD)
+        settings = {"exit_threshold": THRESHOLD, "exit_layers": list(EXIT_LAYERS), **settings}
     return settings
 
 
-def load_models(
-    settings: dict[str, Any], exit_layers: Sequence[int] | None
-) -> tuple[EarlyExitT5ForConditionalGeneration, PreTrainedTokenizerBase, T5ForConditionalGeneration]:
+def load_models() -> tuple[EarlyExitT5ForConditionalGeneration, PreTrainedTokenizerBase, T5ForConditionalGeneration]:
     """The shipped model, its tokenizer, and the same checkpoint in its stock class."""
-    if exit_layers is None and settings["exit_criterion"] != "fixed":
-        exit_layers = EXIT_LAYERS
     with quiet_loading():
-        model, tokenizer = load_default(EarlyExitConfig(exit_layers))
+        model, tokenizer = load_default()
         stock = T5ForConditionalGeneration.from_pretrained(CHECKPOINT, dtype=torch.float32).eval()
     return model, tokenizer, stock
 
@@ -186,32 +181,6 @@ def head_in_layers(model: torch.nn.Module) -> float:
     """How many decoder layers weigh as much as the vocabulary head."""
     layer = sum(parameter.numel() for parameter in model.decoder.block[-1].parameters())
     return model.lm_head.weight.numel() / layer
-
-
-def time_in_turn(stock: Callable[[], Any], early: Callable[[], Any]) -> tuple[list[float], list[float]]:
-    """Seconds of `REPETITIONS` calls of each, taken in turn so that both meet the same machine."""
-    stock_seconds, early_seconds = [], []
-    for _ in tqdm(range(REPETITIONS), "timing", delay=2, leave=False, disable=None):
-        stock_seconds.append(seconds(stock))
-        early_seconds.append(seconds(early))
-    return stock_seconds, early_seconds
-
-
-def seconds(call: Callable[[], Any]) -> float:
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Torch on one thread, so that times do not depend on how many cores happen to be free."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 @contextmanager
@@ -251,10 +220,9 @@ def introduction(trial: Trial, width: int) -> str:
         f"{trial.num_layers} the criterion says how sure each token is. One that is sure enough leaves: it is written "
         "as it stands, and the layers above do not run for it. In Python:"
     )
-    points = f"EarlyExitConfig({list(trial.exit_layers)})" if trial.exit_layers else ""
     return (
         f"{report.paragraph(text, width)}\n\n"
-        f"    model, tokenizer = load_default({points})\n"
+        "    model, tokenizer = load_default()\n"
         f"    model.generate(**batch, {settings}, max_new_tokens={trial.max_new_tokens})"
     )
 

@@ -8,6 +8,7 @@ know; a family's insides are its adapter's.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,6 +77,7 @@ class EarlyExitGenerationMixin:
         exit_threshold: float | None = _NOT_GIVEN,
         exit_schedule=None,
         exit_layer: int | None = None,
+        exit_layers: Sequence[int] | None = None,
         batch_exit: str | None = None,
         fill: str | None = None,
         **kwargs,
@@ -92,6 +94,7 @@ class EarlyExitGenerationMixin:
             exit_schedule: `"constant"`, `"calm"` (the paper's decay), `"calm_released"` (its code's), or
                 `{"name": ..., "tau": ...}`.
             exit_layer: With `"fixed"`, the layer that every token leaves after.
+            exit_layers: Of the model's exit points, those that are asked in this call; all if not given.
             batch_exit: `"row"`: every row leaves at its own layer. `"batch"`: all where the last row has passed.
                 `"batch_joint"`: all where all pass.
             fill: `"lazy"`: keys and values of skipped layers are projected when first needed. `"eager"`: at once.
@@ -108,6 +111,7 @@ class EarlyExitGenerationMixin:
             "exit_criterion": exit_criterion,
             "exit_schedule": exit_schedule,
             "exit_layer": exit_layer,
+            "exit_layers": exit_layers,
             "batch_exit": batch_exit,
             "fill": fill,
         }

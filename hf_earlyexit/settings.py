@@ -6,14 +6,14 @@ Settings live in `generation_config` and as keywords of `generate`; what is buil
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
 from transformers import GenerationConfig
 
 from hf_earlyexit.cache import FILLS
-from hf_earlyexit.config import EarlyExitConfig, is_integer, is_number
+from hf_earlyexit.config import EarlyExitConfig, check_exit_layers, is_integer, is_number
 from hf_earlyexit.policies import BATCH_RULES, CRITERIA, SCHEDULES, ExitCriterion
 
 
@@ -28,6 +28,7 @@ class ExitSettings:
         exit_schedule: A name of `SCHEDULES`, `{"name": ..., "tau": ...}`, or an object with
             `threshold_at(token, max_new_tokens)`, which then has the threshold in it.
         exit_layer: Where `"fixed"` leaves.
+        exit_layers: Of the model's exit points, those that are asked; all of them if None.
         batch_exit: A name of `BATCH_RULES`.
         fill: `"lazy"` or `"eager"` (see `EarlyExitCache`).
     """
@@ -37,6 +38,7 @@ class ExitSettings:
     exit_threshold: float | None = None
     exit_schedule: Any = "constant"
     exit_layer: int | None = None
+    exit_layers: Sequence[int] | None = None
     batch_exit: str = "row"
     fill: str = "lazy"
 
@@ -84,16 +86,23 @@ class ExitSettings:
             )
         if self.exit_layer is not None and not (is_integer(self.exit_layer) and self.exit_layer >= 1):
             raise ValueError(f"`exit_layer` must be an integer from 1 on, got {self.exit_layer!r}.")
+        if self.exit_layers is not None:
+            check_exit_layers(self.exit_layers)
 
     def _check_company(self, explicit: dict[str, Any]) -> None:
         """Check what goes with what; `explicit` is what the call itself has set, and its `early_exit=False` lets the
         rest be."""
-        idle = sorted({"exit_schedule", "batch_exit", "fill"} & set(explicit))
+        idle = sorted({"exit_layers", "exit_schedule", "batch_exit", "fill"} & set(explicit))
         if idle and self.exit_criterion is None and explicit.get("early_exit") is not False:
             raise ValueError(f"`{idle[0]}` does nothing without an `exit_criterion`: one of {list(CRITERIA)}.")
         if "exit_layer" in explicit and self.exit_criterion != "fixed":
             raise ValueError(
                 f'`exit_layer={self.exit_layer}` goes with `exit_criterion="fixed"`, not {self.exit_criterion!r}.'
+            )
+        if "exit_layers" in explicit and self.exit_criterion == "fixed":
+            raise ValueError(
+                f'`exit_layers={list(self.exit_layers)}` does not go with `exit_criterion="fixed"`, which asks at its '
+                "`exit_layer` alone: leave it out."
             )
         if not self.early_exit:
             return
@@ -125,6 +134,11 @@ class ExitSettings:
                 f"`exit_layer={self.exit_layer}` is no exit point of this model: it can be left after "
                 f"{[*config.exit_layers, num_layers]}. Load it with `early_exit=EarlyExitConfig(exit_layers=...)`."
             )
+        if foreign := sorted(set(self.exit_layers or ()) - set(config.exit_layers)):
+            raise ValueError(
+                f"`exit_layers={list(self.exit_layers)}` has {foreign}, which are no exit points of this model: it "
+                f"has {list(config.exit_layers)}. Load it with `early_exit=EarlyExitConfig(exit_layers=...)` for more."
+            )
         if self.exit_criterion == "classifier":
             if config.classifier is None:
                 raise ValueError(
@@ -145,7 +159,7 @@ class ExitSettings:
             return frozenset()
         if self.exit_criterion == "fixed":
             return frozenset({self.exit_layer} - {num_layers})
-        return frozenset(config.exit_layers)
+        return frozenset(config.exit_layers if self.exit_layers is None else self.exit_layers)
 
     @property
     def criterion(self) -> ExitCriterion:

@@ -8,21 +8,25 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
+from huggingface_hub import ModelCardData
 from torch import nn
 from torch.utils.data import Sampler, SequentialSampler
 from transformers import Seq2SeqTrainer, TrainerCallback
 from transformers.trainer_utils import TrainOutput
 
 from hf_earlyexit.exit_report import CountExits, summarize
+from hf_earlyexit.model_card import TrainedExits, make_card
 from hf_earlyexit.models import EarlyExitT5ForConditionalGeneration
 from hf_earlyexit.objectives import Objective
 from hf_earlyexit.settings import ExitSettings
 
 
-BEFORE, AFTER = "full_depth_before", "full_depth_after"
+BEFORE, AFTER = "before", "after"
 
 
 class EarlyExitTrainer(Seq2SeqTrainer):
@@ -31,13 +35,13 @@ class EarlyExitTrainer(Seq2SeqTrainer):
     The loss of a step is the mean over all its tokens, whatever the number of accumulated batches and of processes.
     What the objective does not move is frozen while training, and rests in `eval()`. Evaluation is of the last layer,
     at full depth: `eval_loss` is its cross-entropy, and `predict_with_generate` generates with `early_exit=False`.
-    Full depth is evaluated before the first step and after the last one, always: metrics `full_depth_before_*` and
-    `full_depth_after_*`, in the log and in what `train` returns. A resumed run keeps the figures of its first start.
+    Full depth and every exit are evaluated before the first step and after the last one, always: metrics `before_*`
+    and `after_*`, in the log and in what `train` returns. A resumed run keeps the figures of its first start.
 
     Args:
         objective: What to train towards, see `hf_earlyexit.objectives`.
-        evaluate_exits: Whether every evaluation also reports each exit point (see `evaluate`). With an objective for
-            classifiers it does.
+        command: The shell command that runs this training, for the model card.
+        evaluate_exits: Whether evaluations in between report every exit, too (see `evaluate`).
         args, kwargs: As for `Seq2SeqTrainer`. An `eval_dataset` is needed.
 
     Raises:
@@ -47,11 +51,11 @@ class EarlyExitTrainer(Seq2SeqTrainer):
     # `compute_loss` divides by the tokens of all accumulated batches.
     loss_is_scaled_for_ga = True
 
-    def __init__(self, *args, objective: Objective, evaluate_exits: bool = False, **kwargs):
+    def __init__(self, *args, objective: Objective, evaluate_exits: bool = False, command: str = "", **kwargs):
         super().__init__(*args, **kwargs)
         self._check(objective)
-        self.objective = objective
-        self.evaluate_exits = evaluate_exits or objective.trains_classifiers
+        self.objective, self.command = objective, command
+        self.evaluate_exits = evaluate_exits
         # Has the library count the tokens of accumulated batches and of all processes for `compute_loss`.
         self.model_accepts_loss_kwargs = True
         self._resting: list[nn.Module] = []
@@ -74,14 +78,58 @@ class EarlyExitTrainer(Seq2SeqTrainer):
         """
         with only_moving(self.model, self.objective.moves) as self._resting:
             output = super().train(*args, **kwargs)
-        after = self.evaluate(metric_key_prefix=AFTER)
-        return output._replace(metrics={**output.metrics, **self.full_depth_before, **after})
+        after = self.evaluate(metric_key_prefix=AFTER, exits=True)
+        return output._replace(metrics={**output.metrics, **self.measured(BEFORE), **after})
 
-    @property
-    def full_depth_before(self) -> dict[str, float]:
-        """What was measured before the first step, kept in the state that checkpoints hold; empty until then."""
+    def measured(self, prefix: str) -> dict[str, float]:
+        """The last evaluation with this prefix, out of the log that checkpoints hold; empty if there was none."""
         logged = (item for entry in self.state.log_history for item in entry.items())
-        return {name: value for name, value in logged if name.startswith(BEFORE)}
+        return {name: value for name, value in logged if name.startswith(f"{prefix}_")}
+
+    def create_model_card(
+        self,
+        language: str | list[str] | None = None,
+        license: str | None = None,
+        tags: str | list[str] | None = None,
+        model_name: str | None = None,
+        finetuned_from: str | None = None,
+        dataset: str | list[str] | None = None,
+        **kwargs,
+    ) -> None:
+        """Write `README.md` into the output folder: what was measured, how to use the model, how to train it again.
+
+        Args:
+            finetuned_from: The model it was trained from, if that is on the Hub.
+            kwargs: As for the library's; not used.
+        """
+        if not self.is_world_process_zero():
+            return
+        tags = [tags] if isinstance(tags, str) else tags
+        data = ModelCardData(
+            language=language, license=license, tags=tags, base_model=finetuned_from, datasets=dataset
+        )
+        name = model_name or Path(self.args.output_dir).name
+        trained = TrainedExits(
+            name,
+            self.hub_model_id or name,
+            self.model.early_exit,
+            self.model.config.num_decoder_layers,
+            {key: value for entry in self.state.log_history for key, value in entry.items()},
+            self._how_it_was_trained(),
+        )
+        make_card(trained, data).save(Path(self.args.output_dir) / "README.md")
+
+    def _how_it_was_trained(self) -> str:
+        args, accumulated = self.args, self.args.gradient_accumulation_steps
+        rows = args.train_batch_size * accumulated * args.world_size
+        precision = "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32"
+        versions = f"transformers {transformers.__version__}, torch {torch.__version__}"
+        text = (
+            f"`EarlyExitTrainer` with `{self.objective}`, {self.state.global_step} steps of {rows} rows, "
+            f"{self.state.epoch:.2f} epochs, {args.optim} with learning rate {args.learning_rate:g} "
+            f"({args.lr_scheduler_type}), {precision}; {versions}."
+        )
+        return f"{text}\n\n```bash\n{self.command}\n```" if self.command else text
 
     def evaluate(
         self,
@@ -182,13 +230,11 @@ class _AroundTraining(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
         trainer = self.trainer
-        if not trainer.full_depth_before:
-            trainer.evaluate(metric_key_prefix=BEFORE)
-        if trainer.objective.trains_classifiers:
-            before = trainer.full_depth_before
-            layers = trainer.model.early_exit.exit_layers
-            agreement = {layer: before[f"{BEFORE}_exit_{layer}_agreement"] for layer in layers}
-            trainer.objective = trainer.objective.prepared(agreement)
+        if not trainer.measured(BEFORE):
+            trainer.evaluate(metric_key_prefix=BEFORE, exits=True)
+        before, layers = trainer.measured(BEFORE), trainer.model.early_exit.exit_layers
+        agreement = {layer: before[f"{BEFORE}_exit_{layer}_agreement"] for layer in layers}
+        trainer.objective = trainer.objective.prepared(agreement)
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
         classifier = self.trainer.model.config.early_exit["classifier"]

@@ -17,7 +17,6 @@ Example:
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import math
 import os
@@ -29,7 +28,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import groupby
 from pathlib import Path
-from statistics import quantiles
 from typing import Any
 
 import torch
@@ -43,16 +41,16 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from hf_earlyexit import EarlyExitT5Config, EarlyExitT5ForConditionalGeneration, ExitPoint
 from hf_earlyexit.extras import require
+from hf_earlyexit.machine import cpu_model, load
+from hf_earlyexit.timing import CLOCKS, Times, measure, spread
 
 
 CASES = ("batch1", "rows", "phase", "ctranslate2")
-CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 BATCH, PERIOD, STEADY, ENOUGH_ROUNDS = 8, 4, 0.05, 31
 AFTER_2 = {"early_exit": True, "exit_criterion": "fixed", "exit_layer": 2}
 SPECIAL = ("<pad>", "</s>", "<unk>")
 
 Calls = dict[str, Callable[[], Any]]
-Spread = dict[str, float]
 
 
 # --- what is compared -----------------------------------------------------------------------------------------------
@@ -278,49 +276,9 @@ def ctranslate2_case(bench: Bench, length: int, rows: int, translator: Any) -> C
 # --- measuring ------------------------------------------------------------------------------------------------------
 
 
-def spread(values: Sequence[float]) -> Spread:
-    """The median, and the interquartile range as a share of it."""
-    low, median, high = quantiles(values, n=4, method="inclusive")
-    return {"median": median, "iqr": (high - low) / median}
-
-
-class Times:
-    """One measurement: seconds of every call in every round, by clock."""
-
-    def __init__(self, names: Sequence[str]):
-        self.seconds: dict[str, dict[str, list[float]]] = {clock: {name: [] for name in names} for clock in CLOCKS}
-
-    def run(self, name: str, call: Callable[[], Any]) -> None:
-        starts = [read() for read in CLOCKS.values()]
-        call()
-        for (clock, read), start in zip(CLOCKS.items(), starts):
-            self.seconds[clock][name].append(read() - start)
-
-    def covers(self, bar: Bar) -> bool:
-        return {bar.call, *bar.against} <= set(self.seconds["wall"])
-
-    def ratio(self, bar: Bar, clock: str) -> Spread:
-        seconds = self.seconds[clock]
-        parts = [[weight * second for second in seconds[name]] for name, weight in bar.against.items()]
-        return spread([ours / sum(each) for ours, *each in zip(seconds[bar.call], *parts)])
-
-
-def measure(calls: Calls, rounds: int, order: random.Random, progress: tqdm) -> Times:
-    """Warm up, then time every call once per round; garbage is collected between rounds only."""
-    names, times = list(calls), Times(list(calls))
-    for call in calls.values():
-        call()
-    gc.disable()
-    try:
-        for _ in range(rounds):
-            gc.collect()
-            order.shuffle(names)
-            for name in names:
-                times.run(name, calls[name])
-            progress.update()
-    finally:
-        gc.enable()
-    return times
+def covers(times: Times, bar: Bar) -> bool:
+    """Whether the calls that a bar compares were measured."""
+    return {bar.call, *bar.against} <= set(times.seconds["wall"])
 
 
 def measure_until_steady(case: Case, args: argparse.Namespace, order: random.Random) -> list[Times]:
@@ -330,8 +288,8 @@ def measure_until_steady(case: Case, args: argparse.Namespace, order: random.Ran
         names = {name for bar in bars for name in (bar.call, *bar.against)}
         with tqdm(total=args.rounds, desc=f"{case.name} ({len(found) + 1})", unit="round") as progress:
             calls = {name: call for name, call in case.calls.items() if name in names}
-            found.append(measure(calls, args.rounds, order, progress))
-        bars = [bar for bar in bars if found[-1].ratio(bar, args.clock)["iqr"] > STEADY]
+            found.append(measure(calls, args.rounds, order, progress.update))
+        bars = [bar for bar in bars if found[-1].ratio(bar.call, bar.against, args.clock)["iqr"] > STEADY]
     return found
 
 
@@ -342,15 +300,15 @@ def describe(case: Case, found: list[Times], decides: str) -> dict[str, Any]:
     """What the JSON holds of a case; calls as in the first measurement."""
     seconds = found[0].seconds
     calls = {name: {clock: spread(seconds[clock][name]) for clock in CLOCKS} for name in case.calls}
-    bars = [describe_bar(bar, [times for times in found if times.covers(bar)], decides) for bar in case.bars]
+    bars = [describe_bar(bar, [times for times in found if covers(times, bar)], decides) for bar in case.bars]
     return {"name": case.name, "load": load(), "calls": calls, "bars": bars, "work": case.work}
 
 
 def describe_bar(bar: Bar, found: list[Times], decides: str) -> dict[str, Any]:
-    found = sorted(found, key=lambda times: times.ratio(bar, decides)["iqr"])
-    ratios = {clock: found[0].ratio(bar, clock) for clock in CLOCKS}
+    found = sorted(found, key=lambda times: times.ratio(bar.call, bar.against, decides)["iqr"])
+    ratios = {clock: found[0].ratio(bar.call, bar.against, clock) for clock in CLOCKS}
     verdict = "beside" if bar.limit is None else "met" if ratios[decides]["median"] <= bar.limit else "missed"
-    others = [times.ratio(bar, decides) for times in found[1:]]
+    others = [times.ratio(bar.call, bar.against, decides) for times in found[1:]]
     return asdict(bar) | {"ratio": ratios, "verdict": verdict, "other_measurements": others}
 
 
@@ -394,17 +352,6 @@ def surroundings(bench: Bench, args: argparse.Namespace) -> dict[str, Any]:
         "arguments": {name: getattr(args, name) for name in ("new_tokens", "rounds", "repeat", "clock", "seed")},
         "load_before": load(),
     }
-
-
-def cpu_model() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
-    named = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return named[0] if named else platform.processor()
-
-
-def load() -> list[float]:
-    return [round(one, 2) for one in os.getloadavg()]
 
 
 # --- the command line -----------------------------------------------------------------------------------------------

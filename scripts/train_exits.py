@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -105,13 +106,18 @@ def main(argv: list[str] | None = None) -> None:
     kinds = (ModelArguments, ObjectiveArguments, DataArguments, RunArguments, Seq2SeqTrainingArguments)
     parser = HfArgumentParser(kinds, description=__doc__, formatter_class=_Formatter)
     model_args, objective_args, data_args, run_args, training = parser.parse_args_into_dataclasses(argv)
-    objective = make_objective(objective_args)
+    try:
+        objective = make_objective(objective_args)
+        check_data(data_args)
+    except ValueError as error:
+        print(f"{parser.prog}: error: {error} See --help.", file=sys.stderr)
+        sys.exit(2)
+    train_pairs, validation_pairs = read_pairs(data_args)
     tokenizer = AutoTokenizer.from_pretrained(model_args.model)
     model = load_model(model_args, objective)
     if training.generation_max_length is None and model.generation_config.max_new_tokens is None:
         training.generation_max_length = data_args.max_target_tokens
     training.predict_with_generate = True
-    train_pairs, validation_pairs = read_pairs(data_args)
     examples = group_by_input(validation_pairs)[: data_args.max_validation_inputs]
     validation_pairs = [(example.source, example.references[0]) for example in examples]
     trainer = EarlyExitTrainer(
@@ -123,8 +129,9 @@ def main(argv: list[str] | None = None) -> None:
         data_collator=DataCollatorForSeq2Seq(tokenizer, model=model),
         processing_class=tokenizer,
         compute_metrics=RougeOfDistinctInputs(tokenizer, examples),
+        command=shlex.join(["python", "scripts/train_exits.py", *(sys.argv[1:] if argv is None else argv)]),
     )
-    train(trainer, run_args, sys.argv[1:] if argv is None else argv)
+    train(trainer, run_args)
 
 
 def make_objective(arguments: ObjectiveArguments) -> Objective:
@@ -150,18 +157,23 @@ def load_model(arguments: ModelArguments, objective: Objective) -> EarlyExitT5Fo
     return model_class.from_pretrained(arguments.model, early_exit=EarlyExitConfig(**values), dtype=torch.float32)
 
 
-def read_pairs(arguments: DataArguments) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
-    """Training and validation pairs, inputs with the prefix."""
+def check_data(arguments: DataArguments) -> None:
+    """Refuse what names no texts."""
     if (arguments.dataset is None) == (arguments.train_file is None):
         raise ValueError("Give either --dataset or --train_file.")
     if arguments.train_file is not None and arguments.validation_file is None:
         raise ValueError(
             "--train_file goes with --validation_file: full depth is evaluated before and after training."
         )
+
+
+def read_pairs(arguments: DataArguments) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
+    """Training and validation pairs, inputs with the prefix."""
     if arguments.train_file is not None:
         parts = read_file(arguments.train_file), read_file(arguments.validation_file)
     else:
-        config = arguments.dataset_config or DATASET_CONFIGS.get(arguments.dataset)
+        own = None if Path(arguments.dataset).exists() else DATASET_CONFIGS.get(arguments.dataset)
+        config = arguments.dataset_config or own
         parts = load_dataset(arguments.dataset, config, split=["train", "validation"])
     return tuple(pairs_of(part, arguments) for part in parts)
 
@@ -202,25 +214,19 @@ class RougeOfDistinctInputs:
         return Rouge().compute(predictions=texts, references=references)
 
 
-def train(trainer: EarlyExitTrainer, arguments: RunArguments, command: list[str]) -> None:
-    """Train, save, report each exit; prints the result as one JSON line."""
+def train(trainer: EarlyExitTrainer, arguments: RunArguments) -> None:
+    """Train, save or upload, and print what was measured as one JSON line."""
     folder = trainer.args.output_dir
     checkpoint = get_last_checkpoint(folder) if arguments.resume and Path(folder).is_dir() else None
     metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
-    metrics |= evaluate_exits(trainer)
-    trainer.save_model()
-    trainer.save_state()
-    if trainer.is_world_process_zero():
-        print(json.dumps({"output_dir": folder, "command": command, "metrics": metrics}))
-
-
-def evaluate_exits(trainer: EarlyExitTrainer) -> dict[str, float]:
-    """Each exit under teacher forcing, and the texts when every token leaves there."""
-    metrics = trainer.report_exits()
     for layer in trainer.model.early_exit.exit_layers:
-        prefix = f"always_{layer}"
-        metrics |= trainer.evaluate(metric_key_prefix=prefix, exits=False, exit_criterion="fixed", exit_layer=layer)
-    return metrics
+        always = {"exit_criterion": "fixed", "exit_layer": layer}
+        metrics |= trainer.evaluate(metric_key_prefix=f"always_{layer}", exits=False, **always)
+    trainer.save_state()
+    trainer.save_model()  # uploads, too, with --push_to_hub
+    trainer.create_model_card()
+    if trainer.is_world_process_zero():
+        print(json.dumps({"output_dir": folder, "command": trainer.command, "metrics": metrics}))
 
 
 if __name__ == "__main__":

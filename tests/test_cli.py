@@ -176,7 +176,6 @@ def test_demo_colours_when_told_to(capsys, monkeypatch):
     text = capsys.readouterr().out
     assert f"\x1b[38;5;16;48;5;{report.colour_of(3, 8)}m" in text
     assert numbers_behind("layer 3", text)[0] == numbers_behind("all", text)[0] > 0
-    assert "load_default(EarlyExitConfig([3]))" in text
     assert "model.generate(**batch, exit_criterion='fixed', exit_layer=3, max_new_tokens=3)" in text
     assert "After decoder layer 3 of 8" in text
     assert "²" not in text
@@ -419,7 +418,7 @@ def test_generate_does_not_touch_the_output_of_a_refused_call(capsys, tmp_path, 
     (
         (["--criterion", "classifier"], "no exit classifiers"),
         (["--criterion", "fixed"], "needs `exit_layer`"),
-        (["--exit-layers", "9"], "`exit_layers` has 9"),
+        (["--exit-layers", "9"], "`exit_layers=[9]` has [9], which are no exit points"),
         (["--colour", "sometimes"], "--colour: invalid choice"),
     ),
 )
@@ -448,7 +447,7 @@ def test_env_names_versions_and_hardware(capsys):
 
 
 def test_env_names_what_is_not_installed(capsys, monkeypatch):
-    monkeypatch.setattr("hf_earlyexit.cli.PACKAGES", ("no-such-package",))
+    monkeypatch.setattr("hf_earlyexit.machine.PACKAGES", ("no-such-package",))
     assert main(["env"]) == 0
     assert re.search(r"^no-such-package +not installed$", capsys.readouterr().out, re.MULTILINE)
 

@@ -16,12 +16,12 @@ from transformers import (
 )
 from transformers.generation.streamers import BaseStreamer
 
-from hf_earlyexit import EarlyExitGenerateBeamOutput, EarlyExitGenerateOutput
+from hf_earlyexit import EarlyExitConfig, EarlyExitGenerateBeamOutput, EarlyExitGenerateOutput
 from hf_earlyexit.layers import T5Decoder, decode_step
 from hf_earlyexit.run import ExitRun
 from hf_earlyexit.settings import ExitSettings
 from tests import laws
-from tests.tiny import ENDS, NUM_LAYERS, Unrest, one_row, stock_cache, tiny_inputs, tiny_pair, unrest
+from tests.tiny import ENDS, NUM_LAYERS, Unrest, one_row, stock_cache, tiny_inputs, tiny_pair, unrest, with_exits
 from tests.watching import Scripted, counting, pseudo_random_script
 
 
@@ -292,6 +292,20 @@ def test_schedules_reach_the_tokens(model):
     del kwargs["exit_threshold"]
     output = laws.generate(model, tiny_inputs(1), exit_criterion=sure(0.4), exit_schedule=own, **kwargs)
     assert output.layers_run[0].tolist() == [NUM_LAYERS] * 3 + [1] + [NUM_LAYERS] * 6
+
+
+def test_a_call_asks_some_of_the_exit_points(pair):
+    """As a model that has no others, also by its stored settings."""
+    stock, model = pair
+    few = with_exits(stock, EarlyExitConfig((2, 4)))
+    asked = laws.generate(model, tiny_inputs(4), **SOFTMAX, exit_layers=[2, 4])
+    expected = laws.generate(few, tiny_inputs(4), **SOFTMAX)
+    assert torch.equal(asked.sequences, expected.sequences) and torch.equal(asked.layers_run, expected.layers_run)
+    assert asked.head_rows.nonzero().flatten().tolist() == [2, 4, NUM_LAYERS]
+    passed = GenerationConfig(**SOFTMAX, exit_layers=[2, 4], max_new_tokens=9)
+    stored = GenerationConfig.from_dict(passed.to_dict())
+    by_config = model.generate(**tiny_inputs(4), generation_config=stored, return_dict_in_generate=True)
+    assert by_config.head_rows.nonzero().flatten().tolist() == [2, 4, NUM_LAYERS]
 
 
 def test_settings_of_a_call_never_leak(model):

@@ -205,11 +205,9 @@ def test_resumed_is_as_if_never_stopped(objective, tmp_path):
     assert losses(again) == pytest.approx(losses(whole), rel=1e-5)
     assert_same_weights(again.model, straight)
     names = [name for name in expected if name.endswith("_loss") and "train" not in name]
-    assert {name[:17] for name in names} == {"full_depth_before", "full_depth_after_"}
+    assert {name.partition("_")[0] for name in names} == {"before", "after"}
     assert [metrics[name] for name in names] == pytest.approx([expected[name] for name in names], rel=1e-5)
-    assert metrics["full_depth_before_loss"] != pytest.approx(metrics["full_depth_after_loss"], rel=1e-3) or (
-        objective == "classifiers"
-    )
+    assert metrics["before_loss"] != pytest.approx(metrics["after_loss"], rel=1e-3) or (objective == "classifiers")
 
 
 def test_gradient_checkpointing_changes_nothing(tmp_path):
@@ -271,16 +269,20 @@ def test_labels_survive(tmp_path):
     assert set(next(iter(trainer.get_train_dataloader()))) == {"input_ids", "attention_mask", "labels"}
 
 
-def test_full_depth_before_and_after_is_the_last_layers_loss(tmp_path):
+def test_before_and_after_is_the_last_layers_loss(tmp_path):
     model = tiny()
     stock_loss = model(**collate(rows()[:7])).loss.item()
     trainer = make_trainer(model, tmp_path, max_steps=3)
     metrics = trainer.train().metrics
-    assert metrics["full_depth_before_loss"] == pytest.approx(stock_loss, rel=1e-5)
-    assert metrics["full_depth_after_loss"] == pytest.approx(model(**collate(rows()[:7])).loss.item(), rel=1e-5)
-    assert metrics["full_depth_after_loss"] < metrics["full_depth_before_loss"]
-    assert not any("exit_1" in name for name in metrics)
-    assert trainer.evaluate(exits=True)["eval_exit_1_loss"] > 0
+    assert metrics["before_loss"] == pytest.approx(stock_loss, rel=1e-5)
+    assert metrics["after_loss"] == pytest.approx(model(**collate(rows()[:7])).loss.item(), rel=1e-5)
+    assert metrics["after_loss"] < metrics["before_loss"]
+    assert metrics["after_exit_1_loss"] < metrics["before_exit_1_loss"]
+    assert metrics["after_exit_6_loss"] == pytest.approx(metrics["after_loss"], rel=0.05), (
+        "means of tokens and of rows"
+    )
+    assert not any("exit" in name for name in trainer.evaluate())
+    assert trainer.evaluate(exits=True)["eval_exit_1_loss"] == pytest.approx(metrics["after_exit_1_loss"])
 
 
 def test_evaluation_is_at_full_depth_unless_asked(tmp_path):
@@ -313,11 +315,11 @@ def test_precision_and_recall_are_the_classifiers(tmp_path):
         agrees = model.lm_head(model.exit_head_input(layer, hidden)).argmax(-1) == last
         leaves = model.exit_heads.exit_probability(layer, hidden) >= 0.5
         both = (agrees & leaves).sum().item()
-        assert metrics[f"full_depth_after_exit_{layer}_recall"] == pytest.approx(both / agrees.sum().item())
-        assert metrics[f"full_depth_after_exit_{layer}_precision"] == pytest.approx(
+        assert metrics[f"after_exit_{layer}_recall"] == pytest.approx(both / agrees.sum().item())
+        assert metrics[f"after_exit_{layer}_precision"] == pytest.approx(
             both / max(1, leaves.sum().item()), nan_ok=True
         )
-        assert metrics[f"full_depth_after_exit_{layer}_agreement"] == pytest.approx(agrees.float().mean().item())
+        assert metrics[f"after_exit_{layer}_agreement"] == pytest.approx(agrees.float().mean().item())
 
 
 def test_a_saved_run_reloads_to_the_same_tokens_and_exits(tmp_path):

@@ -1,0 +1,141 @@
+"""Answers for the model card of trained exits: what was measured, how to use it, how to make it again.
+
+Every number is one that a run has logged; what was not measured is left out. Knows nothing of trainers and models.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from huggingface_hub import ModelCard, ModelCardData
+
+from hf_earlyexit.config import EarlyExitConfig
+
+
+# Columns of the table of exits: what is measured, and its heading.
+EXIT_COLUMNS = {
+    "after_exit_{}_loss": "loss",
+    "after_exit_{}_accuracy": "accuracy",
+    "after_exit_{}_agreement": "agrees with the last layer",
+    "after_exit_{}_precision": "classifier: precision",
+    "after_exit_{}_recall": "recall",
+    "always_{}_rougeL": "ROUGE-L, always leaving here",
+}
+FULL_DEPTH_ROWS = {"loss": "loss, nats per token", "rouge1": "ROUGE-1", "rouge2": "ROUGE-2", "rougeL": "ROUGE-L"}
+HIGHER_BY_100 = ("rouge1", "rouge2", "rougeL")
+
+TEMPLATE = """\
+---
+{{ card_data }}
+---
+
+# {{ name }}
+
+A T5 whose tokens may leave the decoder early: after layer {{ exits }} of {{ num_layers }}, for
+[hf_earlyexit](https://pypi.org/project/hf-earlyexit/).{{ about }}
+
+```python
+from transformers import AutoTokenizer
+from hf_earlyexit import EarlyExitT5ForConditionalGeneration
+
+model = EarlyExitT5ForConditionalGeneration.from_pretrained("{{ path }}").eval()
+tokenizer = AutoTokenizer.from_pretrained("{{ path }}")
+batch = tokenizer(["..."], return_tensors="pt")
+output = model.generate(**batch, exit_criterion="{{ criterion }}", exit_threshold=0.9, return_dict_in_generate=True)
+print(tokenizer.batch_decode(output.sequences, skip_special_tokens=True), output.layers_run)
+```
+
+`early_exit=False` runs every layer. `T5ForConditionalGeneration` loads this checkpoint, too, and runs every layer.
+{{ results }}
+## How it was trained
+
+{{ training }}
+"""
+
+
+@dataclass(frozen=True)
+class TrainedExits:
+    """What a card says of a run.
+
+    Attributes:
+        name: Of the model.
+        path: What `from_pretrained` takes: a Hub id or a folder.
+        early_exit: The exit points, spelled out.
+        num_layers: Of the decoder.
+        metrics: What was measured, by the names of the trainer's log: `before_*` and `after_*` at full depth, each
+            with `_exit_2_*`; `always_2_*` where every token left after layer 2.
+        training: How it was trained and how to do it again, as Markdown.
+        about: A sentence or more behind the first one.
+    """
+
+    name: str
+    path: str
+    early_exit: EarlyExitConfig
+    num_layers: int
+    metrics: Mapping[str, float]
+    training: str
+    about: str = ""
+
+
+def make_card(trained: TrainedExits, data: ModelCardData) -> ModelCard:
+    """The card of trained exits. `data` is its head: licence, language, data sets."""
+    data.library_name, data.pipeline_tag = "hf_earlyexit", data.pipeline_tag or "text-generation"
+    data.tags = sorted({"early-exit", "t5", *(data.tags or [])})
+    classifier = trained.early_exit.classifier
+    return ModelCard.from_template(
+        data,
+        template_str=TEMPLATE,
+        name=trained.name,
+        path=trained.path,
+        exits=", ".join(map(str, trained.early_exit.exit_layers)),
+        num_layers=trained.num_layers,
+        about=f" {trained.about}" if trained.about else "",
+        criterion="classifier" if classifier is not None and classifier.trained else "softmax",
+        results=results(trained),
+        training=trained.training,
+    )
+
+
+def results(trained: TrainedExits) -> str:
+    """The tables of what was measured, as Markdown; empty of what was not."""
+    sections = {
+        "What the exits cost full depth": full_depth_table(trained.metrics),
+        "What each exit is worth": exit_table(trained.metrics, (*trained.early_exit.exit_layers, trained.num_layers)),
+    }
+    return "".join(f"\n## {title}\n\n{table}\n" for title, table in sections.items() if table)
+
+
+def full_depth_table(metrics: Mapping[str, float]) -> str:
+    """Quality at full depth before and after training."""
+    rows = [
+        [title, *(_number(metrics[f"{when}_{name}"], name) for when in ("before", "after"))]
+        for name, title in FULL_DEPTH_ROWS.items()
+        if {f"before_{name}", f"after_{name}"} <= set(metrics)
+    ]
+    return markdown_table(["full depth", "before", "after"], rows) if rows else ""
+
+
+def exit_table(metrics: Mapping[str, float], layers: Sequence[int]) -> str:
+    """What was measured of each exit; columns with nothing in them are left out."""
+    columns = {
+        key: title for key, title in EXIT_COLUMNS.items() if any(key.format(layer) in metrics for layer in layers)
+    }
+    rows = [
+        [str(layer), *(_number(metrics.get(key.format(layer)), key.rpartition("_")[2]) for key in columns)]
+        for layer in layers
+    ]
+    return markdown_table(["left after", *columns.values()], rows) if columns else ""
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _number(value: float | None, name: str) -> str:
+    if value is None or math.isnan(value):
+        return ""
+    return f"{100 * value:.2f}" if name in HIGHER_BY_100 else f"{value:.3f}"

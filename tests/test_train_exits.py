@@ -1,0 +1,147 @@
+"""`scripts/train_exits.py` from end to end on a tiny model: both stages, resuming, uploading, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from transformers import AutoTokenizer, T5ForConditionalGeneration
+
+from hf_earlyexit import EarlyExitConfig, EarlyExitT5ForConditionalGeneration
+from hf_earlyexit.default import CHECKPOINT
+from tests import hub_stub
+from tests.test_data import write
+from tests.tiny import NUM_LAYERS, tiny_config
+
+
+SCRIPT = Path(__file__).parent.parent / "scripts/train_exits.py"
+WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "and", "goes", "home"]
+QUICK = "--max_steps 2 --per_device_train_batch_size 4 --learning_rate 1e-2 --report_to none --use_cpu"
+
+
+def articles(count: int, start: int = 0) -> list[dict]:
+    """Rows of CNN/DailyMail's schema; the last two have the same article."""
+    texts = [" ".join(WORDS[(row + place) % 12] for place in range(6)) for row in range(start, start + count - 1)]
+    rows = [{"article": text, "highlights": text[:12], "id": str(number)} for number, text in enumerate(texts)]
+    return [*rows, {**rows[-1], "highlights": "the fox"}]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A tiny plain T5 with the shipped tokenizer, and a data set as a folder and as files."""
+    folder = tmp_path_factory.mktemp("train")
+    torch.manual_seed(0)
+    config = tiny_config(vocab_size=8000, eos_token_id=1, pad_token_id=0)
+    T5ForConditionalGeneration(config).save_pretrained(folder / "plain")
+    AutoTokenizer.from_pretrained(CHECKPOINT).save_pretrained(folder / "plain")
+    (folder / "cnn_dailymail").mkdir()
+    for split, rows in {"train": articles(12), "validation": articles(6, start=5)}.items():
+        write(folder / "cnn_dailymail" / f"{split}.jsonl", rows)
+        write(folder / f"{split}.csv", rows)
+    return folder
+
+
+def run(folder: Path, *options: str, **environment: str) -> subprocess.CompletedProcess:
+    variables = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(SCRIPT.parent.parent), **environment}
+    command = [sys.executable, str(SCRIPT), *QUICK.split(), "--max_target_tokens", "8", *options]
+    return subprocess.run(command, capture_output=True, text=True, cwd=folder, env=variables)
+
+
+def result(ran: subprocess.CompletedProcess) -> dict:
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    return json.loads(ran.stdout.splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def first_stage(folder) -> dict:
+    options = (
+        "--model plain --dataset cnn_dailymail --output_dir exits --exit_layers 2 4 --heads norm --weights uniform"
+    )
+    return result(run(folder, *options.split(), "--prefix", "summarize: ", "--save_steps", "1"))
+
+
+def test_the_first_stage_says_what_it_measured_and_saves(first_stage, folder):
+    metrics = first_stage["metrics"]
+    assert {"before_loss", "after_loss", "before_rougeL", "after_rougeL", "always_2_rougeL", "always_4_rougeL"} <= set(
+        metrics
+    )
+    assert metrics["after_exit_2_loss"] < metrics["before_exit_2_loss"]
+    model = EarlyExitT5ForConditionalGeneration.from_pretrained(folder / "exits")
+    assert model.early_exit == EarlyExitConfig((2, 4), ("norm", "norm"))
+    assert model.generation_config.max_new_tokens is None, "what was set to evaluate is not what was saved"
+    card = (folder / "exits/README.md").read_text()
+    assert "after layer 2, 4 of 6" in card and f"| 2 | {metrics['after_exit_2_loss']:.3f} |" in card
+    assert f"| ROUGE-L | {100 * metrics['before_rougeL']:.2f} | {100 * metrics['after_rougeL']:.2f} |" in card
+    assert "python scripts/train_exits.py" in card and "--prefix 'summarize: '" in card
+    assert ModelCard(card).data.library_name == "hf_earlyexit"
+
+
+def test_distinct_inputs_are_evaluated_against_all_their_references(folder):
+    """Six rows, five distinct inputs; the best of two references counts."""
+    sys.path.insert(0, str(SCRIPT.parent))
+    from train_exits import Example, RougeOfDistinctInputs
+
+    tokenizer = AutoTokenizer.from_pretrained(CHECKPOINT)
+    ids = tokenizer(["the fox", "a dog"], padding=True, return_tensors="np").input_ids
+    examples = [Example("x", ("a dog", "the fox")), Example("y", ("the fox",))]
+    prediction = type("Prediction", (), {"predictions": ids})()
+    assert RougeOfDistinctInputs(tokenizer, examples)(prediction)["rougeL"] == pytest.approx(0.5)
+
+
+def test_a_run_that_was_cut_off_goes_on(first_stage, folder):
+    """From the checkpoint of step 1, to the same end."""
+    options = (
+        "--model plain --dataset cnn_dailymail --output_dir exits --exit_layers 2 4 --heads norm --weights uniform"
+    )
+    last = folder / "exits/checkpoint-2"
+    last.rename(folder / "moved")
+    again = result(run(folder, *options.split(), "--prefix", "summarize: ", "--save_steps", "1", "--resume"))
+    same = [name for name in first_stage["metrics"] if "loss" in name and name != "train_loss"]
+    assert len(same) > 6
+    assert [again["metrics"][name] for name in same] == pytest.approx([first_stage["metrics"][name] for name in same])
+
+
+def test_the_second_stage_trains_classifiers_and_uploads(first_stage, folder):
+    """From files, to a Hub, with the card; the backbone is untouched."""
+    options = "--model exits --train_file train.csv --validation_file validation.csv --output_dir classified"
+    options += " --objective classifiers --classifier mlp --classifier_per_layer --push_to_hub --hub_model_id some/one"
+    with hub_stub.running_hub() as hub:
+        metrics = result(run(folder, *options.split(), **hub.environment(str(folder / "home"))))["metrics"]
+        files = {name: file.content for name, file in hub.commit_of("some/one", "main")[1].items()}
+    assert 0 <= metrics["after_exit_2_recall"] <= 1
+    assert {"README.md", "model.safetensors", "config.json", "tokenizer.json"} <= set(files)
+    assert (
+        "classifier: precision" in files["README.md"].decode()
+        and 'from_pretrained("some/one")' in files["README.md"].decode()
+    )
+    model = EarlyExitT5ForConditionalGeneration.from_pretrained(folder / "classified")
+    assert model.early_exit.classifier.trained and model.early_exit.classifier.kind == "mlp"
+    before = EarlyExitT5ForConditionalGeneration.from_pretrained(folder / "exits").state_dict()
+    assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in before.items())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--model plain --output_dir x", "either --dataset or --train_file"),
+        ("--model plain --output_dir x --train_file train.csv", "--train_file goes with --validation_file"),
+        ("--model plain --output_dir x --dataset cnn_dailymail --objective both", "--objective must be one of"),
+        ("--model plain --output_dir x --dataset cnn_dailymail --weights cubic", "`weights` must be one of"),
+    ],
+)
+def test_what_cannot_be_is_said_before_any_work(folder, options, message):
+    ran = run(folder, *options.split())
+    assert ran.returncode == 2 and message in ran.stderr and "Traceback" not in ran.stderr
+    assert not (folder / "x").exists()
+
+
+def test_help_has_an_example(folder):
+    ran = run(folder, "--help")
+    assert ran.returncode == 0 and "python scripts/train_exits.py --model google-t5/t5-small" in ran.stdout
+    assert "--last_again" in ran.stdout and NUM_LAYERS == 6
