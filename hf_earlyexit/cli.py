@@ -39,7 +39,7 @@ the layers run, and the time beside stock Transformers. Nothing is downloaded.
 DEMO_EXAMPLE = """\
 example:
   hf-earlyexit demo
-  hf-earlyexit demo --threshold 0.6 --exit-layers 1 2 3 4 5 6 7
+  hf-earlyexit demo --criterion classifier --threshold 0.5 --exit-layers 2 4 6
   hf-earlyexit demo --criterion fixed --exit-layer 6
 """
 GENERATE = """\
@@ -120,7 +120,7 @@ def add_verb(verbs, name: str, verb, summary: str, description: str, example: st
 
 def add_demo_arguments(parser: argparse.ArgumentParser) -> None:
     """What `demo` takes."""
-    add_exit_settings(parser, criterion="softmax", threshold="0.85", layers="2 4 6")
+    add_exit_settings(parser, criterion="the shipped model's", threshold="the shipped model's", layers="all")
     parser.add_argument("--max-new-tokens", type=positive, metavar="N", help="tokens per text at most (64)")
     parser.add_argument("--colour", choices=("auto", "always", "never"), default="auto", help="escape codes (auto)")
 

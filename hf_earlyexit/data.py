@@ -24,7 +24,7 @@ KNOWN_COLUMNS = (
     ("mr", "ref"),
     ("input", "target"),
 )
-BUILDERS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".gz": "json", ".parquet": "parquet"}
+BUILDERS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 
 
 @dataclass(frozen=True)
@@ -36,13 +36,13 @@ class Example:
 
 
 def read_file(path: str) -> Dataset:
-    """The rows of a CSV, TSV, JSON-lines (`.jsonl`, `.json`, `.jsonl.gz`) or Parquet file.
+    """The rows of a CSV, TSV, JSON-lines (`.jsonl`, `.json`) or Parquet file; `.gz` behind that means compressed.
 
     Raises:
         ValueError: The name ends otherwise.
         FileNotFoundError: There is no such file.
     """
-    suffix = Path(path).suffix
+    suffix = Path(path.removesuffix(".gz")).suffix
     if suffix not in BUILDERS:
         raise ValueError(f"{path!r} must end in one of {list(BUILDERS)}.")
     if not Path(path).is_file():
@@ -86,6 +86,14 @@ def halves(examples: Sequence[Example]) -> tuple[list[Example], list[Example]]:
 
 
 def column_pairs(dataset: Dataset, source: str, target: str, prefix: str = "") -> list[tuple[str, str]]:
-    """`(prefix + input, target)` of every row."""
-    rows: Iterable[tuple[Any, Any]] = zip(dataset[source], dataset[target])
+    """`(prefix + input, target)` of every row.
+
+    Raises:
+        ValueError: A cell is no text; the message says which.
+    """
+    rows: list[tuple[Any, Any]] = list(zip(dataset[source], dataset[target]))
+    for number, row in enumerate(rows):
+        for column, text in zip((source, target), row):
+            if not isinstance(text, str):
+                raise ValueError(f"Row {number} has no text in column {column!r}: {text!r}.")
     return [(prefix + text, reference) for text, reference in rows]

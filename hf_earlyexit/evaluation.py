@@ -5,6 +5,7 @@ The unit is the distinct input with all its references. Knows nothing of files, 
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -132,6 +133,15 @@ def quality(half: Half, texts: Sequence[str], layers_run: Sequence[list[int]]) -
     scores["equal_texts"] = 100 * fmean(exact_match(*pair) for pair in zip(texts, half.full_depth))
     depths = [depth for row in layers_run for depth in row]
     return {**scores, "mean_layers": fmean(depths), "tokens": len(depths)}
+
+
+def fingerprint(model: torch.nn.Module) -> str:
+    """SHA-256 of all weights, by name: models with the same one say the same."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def distribution(layers_run: Sequence[list[int]], num_layers: int) -> list[float]:

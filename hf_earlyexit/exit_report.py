@@ -9,7 +9,7 @@ import torch
 
 from hf_earlyexit.config import EarlyExitConfig
 from hf_earlyexit.labelled import LabelledExits
-from hf_earlyexit.objectives import token_cross_entropy
+from hf_earlyexit.objectives import label_loss
 
 
 COUNTS = ("tokens", "loss", "accurate", "agreeing", "may_leave", "rightly_leave")
@@ -30,12 +30,13 @@ class CountExits:
         return torch.stack([self._count(exits, layer) for layer in layers], dim=1)
 
     def _count(self, exits: LabelledExits, layer: int) -> torch.Tensor:
-        choices = exits.logits(layer).argmax(dim=-1)
+        logits = exits.logits(layer)
+        choices = logits.argmax(dim=-1)
         agrees = choices == exits.full_depth_choices
         leaves = torch.zeros_like(agrees)
         if self.classifies and layer < exits.num_layers:
             leaves = exits.exit_logits(layer) >= 0
-        tokens = (torch.ones_like(agrees), token_cross_entropy(exits, layer), choices == exits.labels, agrees)
+        tokens = (torch.ones_like(agrees), label_loss(logits, exits.labels), choices == exits.labels, agrees)
         columns = torch.stack([column.float() for column in (*tokens, leaves, leaves & agrees)], dim=-1)
         return columns.new_zeros(exits.batch_size, len(COUNTS)).index_add_(0, exits.rows, columns)
 

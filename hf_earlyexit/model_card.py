@@ -23,7 +23,12 @@ EXIT_COLUMNS = {
     "after_exit_{}_recall": "recall",
     "always_{}_rougeL": "ROUGE-L, always leaving here",
 }
-FULL_DEPTH_ROWS = {"loss": "loss, nats per token", "rouge1": "ROUGE-1", "rouge2": "ROUGE-2", "rougeL": "ROUGE-L"}
+FULL_DEPTH_ROWS = {
+    "exit_{}_loss": "loss, nats per token",
+    "rouge1": "ROUGE-1",
+    "rouge2": "ROUGE-2",
+    "rougeL": "ROUGE-L",
+}
 HIGHER_BY_100 = ("rouge1", "rouge2", "rougeL")
 
 TEMPLATE = """\
@@ -33,8 +38,8 @@ TEMPLATE = """\
 
 # {{ name }}
 
-A T5 whose tokens may leave the decoder early: after layer {{ exits }} of {{ num_layers }}, for
-[hf_earlyexit](https://pypi.org/project/hf-earlyexit/).{{ about }}
+A T5 whose tokens may leave the decoder early, after layer {{ exits }} of {{ num_layers }}: for the package
+`hf_earlyexit`, which must be imported before the Auto classes know this model.{{ about }}
 
 ```python
 from transformers import AutoTokenizer
@@ -101,17 +106,18 @@ def make_card(trained: TrainedExits, data: ModelCardData) -> ModelCard:
 def results(trained: TrainedExits) -> str:
     """The tables of what was measured, as Markdown; empty of what was not."""
     sections = {
-        "What the exits cost full depth": full_depth_table(trained.metrics),
+        "What the exits cost full depth": full_depth_table(trained.metrics, trained.num_layers),
         "What each exit is worth": exit_table(trained.metrics, (*trained.early_exit.exit_layers, trained.num_layers)),
     }
     return "".join(f"\n## {title}\n\n{table}\n" for title, table in sections.items() if table)
 
 
-def full_depth_table(metrics: Mapping[str, float]) -> str:
-    """Quality at full depth before and after training."""
+def full_depth_table(metrics: Mapping[str, float], num_layers: int) -> str:
+    """Quality at full depth before and after training; the loss is the last layer's mean over all tokens."""
+    named = {name.format(num_layers): title for name, title in FULL_DEPTH_ROWS.items()}
     rows = [
         [title, *(_number(metrics[f"{when}_{name}"], name) for when in ("before", "after"))]
-        for name, title in FULL_DEPTH_ROWS.items()
+        for name, title in named.items()
         if {f"before_{name}", f"after_{name}"} <= set(metrics)
     ]
     return markdown_table(["full depth", "before", "after"], rows) if rows else ""

@@ -134,7 +134,8 @@ class ExitSettings:
                 f"`exit_layer={self.exit_layer}` is no exit point of this model: it can be left after "
                 f"{[*config.exit_layers, num_layers]}. Load it with `early_exit=EarlyExitConfig(exit_layers=...)`."
             )
-        if foreign := sorted(set(self.exit_layers or ()) - set(config.exit_layers)):
+        foreign = sorted(set(self.exit_layers or ()) - set(config.exit_layers))
+        if foreign and self.exit_criterion != "fixed":
             raise ValueError(
                 f"`exit_layers={list(self.exit_layers)}` has {foreign}, which are no exit points of this model: it "
                 f"has {list(config.exit_layers)}. Load it with `early_exit=EarlyExitConfig(exit_layers=...)` for more."

@@ -16,7 +16,7 @@ import transformers
 from huggingface_hub import ModelCardData
 from torch import nn
 from torch.utils.data import Sampler, SequentialSampler
-from transformers import Seq2SeqTrainer, TrainerCallback
+from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, TrainerCallback
 from transformers.trainer_utils import TrainOutput
 
 from hf_earlyexit.exit_report import CountExits, summarize
@@ -30,7 +30,7 @@ BEFORE, AFTER = "before", "after"
 
 
 class EarlyExitTrainer(Seq2SeqTrainer):
-    """A `Seq2SeqTrainer` for exits: any argument of that one, and an objective.
+    """A `Seq2SeqTrainer` for exits: its arguments, and an objective.
 
     The loss of a step is the mean over all its tokens, whatever the number of accumulated batches and of processes.
     What the objective does not move is frozen while training, and rests in `eval()`. Evaluation is of the last layer,
@@ -39,36 +39,37 @@ class EarlyExitTrainer(Seq2SeqTrainer):
     and `after_*`, in the log and in what `train` returns. A resumed run keeps the figures of its first start.
 
     Args:
+        model: An early-exit model.
+        args: `Seq2SeqTrainingArguments`.
         objective: What to train towards, see `hf_earlyexit.objectives`.
-        command: The shell command that runs this training, for the model card.
         evaluate_exits: Whether evaluations in between report every exit, too (see `evaluate`).
-        args, kwargs: As for `Seq2SeqTrainer`. An `eval_dataset` is needed.
+        command: The shell command that runs this training, for the model card.
+        kwargs: As for `Seq2SeqTrainer`. An `eval_dataset` is needed.
 
     Raises:
-        ValueError: There is no `eval_dataset`, the model cannot be trained so, or one process has several GPUs.
+        ValueError: There is no `eval_dataset`, the model cannot be trained so, one process has several GPUs, or an
+            argument is given that this trainer would have to ignore.
     """
 
-    # `compute_loss` divides by the tokens of all accumulated batches.
-    loss_is_scaled_for_ga = True
-
-    def __init__(self, *args, objective: Objective, evaluate_exits: bool = False, command: str = "", **kwargs):
-        super().__init__(*args, **kwargs)
-        self._check(objective)
-        self.objective, self.command = objective, command
-        self.evaluate_exits = evaluate_exits
+    def __init__(
+        self,
+        model: EarlyExitT5ForConditionalGeneration,
+        args: Seq2SeqTrainingArguments | None = None,
+        *,
+        objective: Objective,
+        evaluate_exits: bool = False,
+        command: str = "",
+        **kwargs,
+    ):
+        _check(model, args, objective, kwargs)
+        super().__init__(model, args, **kwargs)
+        if self.args.n_gpu > 1:
+            raise ValueError(f"One process with {self.args.n_gpu} GPUs: start one per GPU with `accelerate launch`.")
+        self.objective, self.evaluate_exits, self.command = objective, evaluate_exits, command
         # Has the library count the tokens of accumulated batches and of all processes for `compute_loss`.
         self.model_accepts_loss_kwargs = True
         self._resting: list[nn.Module] = []
         self.add_callback(_AroundTraining(self))
-
-    def _check(self, objective: Objective) -> None:
-        if not isinstance(self.model, EarlyExitT5ForConditionalGeneration):
-            raise ValueError(f"`model` must be an early-exit model, got `{type(self.model).__name__}`.")
-        if self.eval_dataset is None:
-            raise ValueError("`eval_dataset` is None: full depth is evaluated before and after training, so pass one.")
-        if self.args.n_gpu > 1:
-            raise ValueError(f"One process with {self.args.n_gpu} GPUs: start one per GPU with `accelerate launch`.")
-        objective.check(self.model.early_exit)
 
     def train(self, *args, **kwargs) -> TrainOutput:
         """As the library's; the metrics returned have full depth before and after.
@@ -123,11 +124,11 @@ class EarlyExitTrainer(Seq2SeqTrainer):
         args, accumulated = self.args, self.args.gradient_accumulation_steps
         rows = args.train_batch_size * accumulated * args.world_size
         precision = "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32"
-        versions = f"transformers {transformers.__version__}, torch {torch.__version__}"
         text = (
             f"`EarlyExitTrainer` with `{self.objective}`, {self.state.global_step} steps of {rows} rows, "
-            f"{self.state.epoch:.2f} epochs, {args.optim} with learning rate {args.learning_rate:g} "
-            f"({args.lr_scheduler_type}), {precision}; {versions}."
+            f"{self.state.epoch:.2f} epochs, processes: {args.world_size}, {args.optim.value} with learning rate "
+            f"{args.learning_rate:g} ({args.lr_scheduler_type.value}), {precision}; transformers "
+            f"{transformers.__version__}, torch {torch.__version__}."
         )
         return f"{text}\n\n```bash\n{self.command}\n```" if self.command else text
 
@@ -145,14 +146,24 @@ class EarlyExitTrainer(Seq2SeqTrainer):
             exits: Also report every exit point under teacher forcing, such as `eval_exit_2_loss`: what there is, is
                 said by `hf_earlyexit.exit_report.summarize`. None: as the trainer was told.
         """
-        if not set(ExitSettings.names()) & set(gen_kwargs):
-            gen_kwargs["early_exit"] = False
+        gen_kwargs = _at_full_depth_unless_asked(gen_kwargs)
         metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix, **gen_kwargs)
         if self.evaluate_exits if exits is None else exits:
             report = {f"{metric_key_prefix}_{name}": value for name, value in self.report_exits(eval_dataset).items()}
             self.log(report)
             metrics |= report
         return metrics
+
+    def predict(
+        self, test_dataset, ignore_keys: list[str] | None = None, metric_key_prefix: str = "test", **gen_kwargs
+    ):
+        """As the library's, at full depth unless `gen_kwargs` has exit settings."""
+        return super().predict(test_dataset, ignore_keys, metric_key_prefix, **_at_full_depth_unless_asked(gen_kwargs))
+
+    def evaluation_loop(self, *args, **kwargs):
+        """As the library's, which would keep the rows that processes repeat to fill their last batch."""
+        self.gather_function = self.accelerator.gather_for_metrics
+        return super().evaluation_loop(*args, **kwargs)
 
     @torch.no_grad()
     def report_exits(self, dataset=None) -> dict[str, float]:
@@ -191,6 +202,32 @@ class EarlyExitTrainer(Seq2SeqTrainer):
         # Gradients are averaged over the processes, whose tokens have been added up.
         shares = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
         return losses.sum() * shares / num_items_in_batch
+
+
+def _check(model: Any, args: Seq2SeqTrainingArguments | None, objective: Objective, kwargs: dict[str, Any]) -> None:
+    """Refuse, before anything is made, what cannot be trained and what would be ignored."""
+    if not isinstance(model, EarlyExitT5ForConditionalGeneration):
+        raise ValueError(f"`model` must be an early-exit model, got `{type(model).__name__}`.")
+    data = kwargs.get("eval_dataset")
+    if data is None or isinstance(data, dict):
+        raise ValueError(
+            f"`eval_dataset` must be one data set, got {type(data).__name__}: full depth is evaluated before and "
+            "after training, so pass one."
+        )
+    for name in ("model_init", "compute_loss_func"):
+        if kwargs.get(name) is not None:
+            raise ValueError(f"`{name}` does not go with `objective`: leave it out.")
+    for name in ("label_smoothing_factor", "bf16_full_eval", "fp16_full_eval"):
+        if getattr(args, name, None):
+            raise ValueError(f"`{name}={getattr(args, name)}` is not supported: leave it out.")
+    objective.check(model.early_exit)
+
+
+def _at_full_depth_unless_asked(gen_kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Keywords of `generate`, with `early_exit=False` if they say nothing about exits."""
+    config, names = gen_kwargs.get("generation_config"), ExitSettings.names()
+    asked = set(names) & set(gen_kwargs) or any(getattr(config, name, None) is not None for name in names)
+    return gen_kwargs if asked else {**gen_kwargs, "early_exit": False}
 
 
 @contextmanager
@@ -232,11 +269,16 @@ class _AroundTraining(TrainerCallback):
         trainer = self.trainer
         if not trainer.measured(BEFORE):
             trainer.evaluate(metric_key_prefix=BEFORE, exits=True)
+        elif state.global_step:
+            self._keep_classifiers_true()
         before, layers = trainer.measured(BEFORE), trainer.model.early_exit.exit_layers
         agreement = {layer: before[f"{BEFORE}_exit_{layer}_agreement"] for layer in layers}
         trainer.objective = trainer.objective.prepared(agreement)
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
+        self._keep_classifiers_true()
+
+    def _keep_classifiers_true(self) -> None:
         classifier = self.trainer.model.config.early_exit["classifier"]
         if classifier is not None:
             classifier["trained"] = self.trainer.objective.trains_classifiers

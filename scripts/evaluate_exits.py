@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -33,10 +34,12 @@ from hf_earlyexit.evaluation import (
     choose,
     distribution,
     evaluate,
+    fingerprint,
     settings_of,
 )
 from hf_earlyexit.extras import require
 from hf_earlyexit.machine import environment
+from hf_earlyexit.settings import ExitSettings
 from hf_earlyexit.timing import one_thread
 
 
@@ -123,15 +126,15 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--plot", help="PNG to draw; needs matplotlib")
     parser.add_argument("--distribution", help="JSON to write the chosen setting's exits to, token by token")
     args = parser.parse_args(arguments)
-    args.curves = read_curves(parser, args.curve) if args.curve else CURVES
-    return args
-
-
-def read_curves(parser: argparse.ArgumentParser, given: list[list[str]]) -> dict[str, tuple[float, ...]]:
+    if args.max_inputs is not None and args.max_inputs < 2:
+        parser.error(f"--max-inputs {args.max_inputs}: at least 2 are needed, one for each half")
+    if args.rounds < 2:
+        parser.error(f"--rounds {args.rounds}: at least 2 are needed, for a spread")
     try:
-        return {name: tuple(map(float, thresholds)) for name, *thresholds in given}
+        args.curves = {name: tuple(map(float, thresholds)) for name, *thresholds in args.curve or []}
     except ValueError as error:
         parser.error(f"--curve takes a name and thresholds: {error}")
+    return args
 
 
 def read_examples(args: argparse.Namespace) -> list[Example]:
@@ -143,11 +146,16 @@ def read_examples(args: argparse.Namespace) -> list[Example]:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Evaluate what is not in the output yet; write and draw it all."""
     args = parse(arguments)
-    parts = dict(zip(("select", "report"), halves(read_examples(args))))
-    bench = Bench(args.model, args.max_new_tokens, args.batch_size)
+    try:
+        parts = dict(zip(("select", "report"), halves(read_examples(args))))
+        bench = Bench(args.model, args.max_new_tokens, args.batch_size)
+        settings = make_settings(bench, args.curves)
+        earlier = cells_of(bench, args)
+    except (ValueError, OSError) as error:
+        sys.exit(f"{Path(__file__).name}: error: {error}")
     sizes = args.timed_batch_sizes
     with one_thread():
-        result = evaluate_all(bench, parts, args)
+        result = evaluate_all(bench, parts, settings, earlier, args)
         chosen = choose(result["cells"], args.points, sizes[0])
         if args.distribution and chosen is not None:
             write_json(args.distribution, exits_of(bench, parts["report"], result, chosen))
@@ -155,19 +163,48 @@ def main(arguments: Sequence[str] | None = None) -> None:
         about = f"{Path(args.model).name}, {result['inputs']['report']} inputs that nothing was chosen on"
         plot(result["cells"], sizes, args.plot, about)
     print(table(result["cells"], sizes))
-    summary = {"output": args.output, "points": args.points, "chosen": chosen and chosen["name"]}
-    print(json.dumps(summary))
+    print(json.dumps({"output": args.output, "points": args.points, "chosen": chosen and chosen["name"]}))
 
 
-def evaluate_all(bench: Bench, parts: dict[str, list[Example]], args: argparse.Namespace) -> dict[str, Any]:
-    """All cells, those of an earlier run with the same output included; the output is written after each."""
-    settings = settings_of(args.curves, bench.model.early_exit.exit_layers)
-    earlier = json.loads(Path(args.output).read_text())["cells"] if Path(args.output).exists() else []
-    cells = {cell["name"]: cell for cell in earlier}
+def make_settings(bench: Bench, curves: dict[str, Sequence[float]]) -> list[Setting]:
+    """All settings, each checked against the model; `CURVES` if none is named, as far as the model has classifiers."""
+    built = bench.model.early_exit
+    classifies = built.classifier is not None and built.classifier.trained
+    curves = curves or {name: values for name, values in CURVES.items() if name != "classifier" or classifies}
+    settings = settings_of(curves, built.exit_layers)
+    for setting in settings:
+        ExitSettings.merge(setting.keywords, None, None).check_against(built, bench.num_layers)
+    return settings
+
+
+def asked(bench: Bench, args: argparse.Namespace) -> dict[str, Any]:
+    """What all cells of an output must have in common."""
+    names = ("prefix", "max_inputs", "max_new_tokens", "timed_batch_sizes", "rounds")
+    files = {"model": Path(args.model).name, "file": Path(args.file).name, "weights": fingerprint(bench.model)}
+    return {**files, **{name: getattr(args, name) for name in names}}
+
+
+def cells_of(bench: Bench, args: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """The cells of an earlier run with this output, by name."""
+    if not Path(args.output).exists():
+        return {}
+    earlier = json.loads(Path(args.output).read_text())
+    if earlier["asked"] != asked(bench, args):
+        raise ValueError(f"{args.output} has cells of another run, {earlier['asked']}: name another --output.")
+    return {cell["name"]: cell for cell in earlier["cells"]}
+
+
+def evaluate_all(
+    bench: Bench,
+    parts: dict[str, list[Example]],
+    settings: Sequence[Setting],
+    cells: dict[str, dict[str, Any]],
+    args: argparse.Namespace,
+) -> dict[str, Any]:
+    """All cells, those that are there already included; the output is written after each."""
     splits = {name: Half(part, bench.generate(part, settings[0]).texts) for name, part in parts.items()}
     result = {
-        "model": Path(args.model).name,
-        "file": Path(args.file).name,
+        "asked": asked(bench, args),
         "inputs": {name: len(part) for name, part in parts.items()},
         "max_new_tokens": bench.max_new_tokens,
         "environment": environment(),
@@ -184,8 +221,7 @@ def exits_of(bench: Bench, report: list[Example], result: dict[str, Any], cell: 
     layers_run = bench.generate(report, setting).layers_run
     full_depth = next(one for one in result["cells"] if one["name"] == FULL_DEPTH)
     return {
-        "about": f"Layers run by each token of {len(report)} texts of {result['model']}; the setting was chosen on "
-        "other inputs.",
+        "about": f"Layers run by each token of {len(report)} texts; the setting was chosen on other inputs.",
         "setting": setting.keywords,
         "num_layers": bench.num_layers,
         "rougeL": {one["name"]: one["report"]["rougeL"] for one in (full_depth, cell)},

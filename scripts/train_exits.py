@@ -18,7 +18,9 @@ The last line of stdout is JSON.
 from __future__ import annotations
 
 import argparse
+import copy
 import json
+import math
 import shlex
 import sys
 from dataclasses import dataclass, field
@@ -38,7 +40,7 @@ from transformers import (
 from transformers.trainer_utils import get_last_checkpoint
 
 from hf_earlyexit import ClassifierConfig, EarlyExitConfig, EarlyExitT5ForConditionalGeneration
-from hf_earlyexit.config import CLASSIFIER_KINDS, HEAD_KINDS
+from hf_earlyexit.config import CLASSIFIER_KINDS, HEAD_KINDS, early_exit_config
 from hf_earlyexit.data import Example, column_pairs, group_by_input, read_file, text_columns
 from hf_earlyexit.metrics import Rouge
 from hf_earlyexit.objectives import OBJECTIVES, WEIGHTS, ExitClassifiers, MultiExit, Objective
@@ -50,17 +52,13 @@ DATASET_CONFIGS = {"cnn_dailymail": "3.0.0", "abisee/cnn_dailymail": "3.0.0"}
 
 @dataclass
 class ModelArguments:
-    """The model and its exits."""
+    """The model and its exits; what is not given is the checkpoint's own."""
 
     model: str = field(metadata={"help": "a T5 or early-exit checkpoint: a folder or a Hub id"})
     exit_layers: list[int] | None = field(
         default=None, metadata={"help": "layers with an exit point (the checkpoint's, or all but the last)"}
     )
     heads: str | None = field(default=None, metadata={"help": f"kind of the exit heads: {', '.join(HEAD_KINDS)}"})
-    classifier: str = field(
-        default="linear", metadata={"help": f"with the objective classifiers: {' or '.join(CLASSIFIER_KINDS)}"}
-    )
-    classifier_per_layer: bool = field(default=False, metadata={"help": "one classifier for each exit point"})
 
 
 @dataclass
@@ -68,8 +66,18 @@ class ObjectiveArguments:
     """What to train towards."""
 
     objective: str = field(default="multi_exit", metadata={"help": " or ".join(OBJECTIVES)})
-    weights: str = field(default="linear", metadata={"help": f"multi_exit: loss weights, {' or '.join(WEIGHTS)}"})
+    weights: str | None = field(default=None, metadata={"help": f"multi_exit: {' or '.join(WEIGHTS)} (linear)"})
     last_again: bool = field(default=False, metadata={"help": "multi_exit: add the last layer's loss once more"})
+    distillation: float | None = field(
+        default=None,
+        metadata={"help": "multi_exit: share of an exit's loss towards the last layer's probabilities (0)"},
+    )
+    classifier: str | None = field(
+        default=None, metadata={"help": f"classifiers: {' or '.join(CLASSIFIER_KINDS)} (the checkpoint's, or linear)"}
+    )
+    classifier_width: int | None = field(default=None, metadata={"help": "classifiers: inner width of mlp"})
+    classifier_per_layer: bool = field(default=False, metadata={"help": "classifiers: one for each exit point"})
+    unbalanced: bool = field(default=False, metadata={"help": "classifiers: do not weigh the two labels alike"})
 
 
 @dataclass
@@ -94,7 +102,8 @@ class DataArguments:
 class RunArguments:
     """The run itself."""
 
-    resume: bool = field(default=False, metadata={"help": "go on from the last checkpoint in --output_dir"})
+    resume: bool = field(default=False, metadata={"help": "go on from the last checkpoint in --output_dir, if any"})
+    evaluate_exits: bool = field(default=False, metadata={"help": "report every exit in evaluations in between, too"})
 
 
 class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -103,58 +112,83 @@ class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescription
 
 def main(argv: list[str] | None = None) -> None:
     """Train, evaluate every exit, save; the last line printed is JSON."""
+    argv = sys.argv[1:] if argv is None else argv
     kinds = (ModelArguments, ObjectiveArguments, DataArguments, RunArguments, Seq2SeqTrainingArguments)
     parser = HfArgumentParser(kinds, description=__doc__, formatter_class=_Formatter)
     model_args, objective_args, data_args, run_args, training = parser.parse_args_into_dataclasses(argv)
     try:
         objective = make_objective(objective_args)
         check_data(data_args)
-    except ValueError as error:
+        config = exit_config(model_args, objective_args)
+        train_pairs, validation_pairs = read_pairs(data_args)
+    except (ValueError, OSError) as error:  # the user's to mend, and nothing has been done yet
         print(f"{parser.prog}: error: {error} See --help.", file=sys.stderr)
         sys.exit(2)
-    train_pairs, validation_pairs = read_pairs(data_args)
     tokenizer = AutoTokenizer.from_pretrained(model_args.model)
-    model = load_model(model_args, objective)
+    model = EarlyExitT5ForConditionalGeneration.from_pretrained(
+        model_args.model, early_exit=config, dtype=torch.float32
+    )
     if training.generation_max_length is None and model.generation_config.max_new_tokens is None:
         training.generation_max_length = data_args.max_target_tokens
     training.predict_with_generate = True
     examples = group_by_input(validation_pairs)[: data_args.max_validation_inputs]
     validation_pairs = [(example.source, example.references[0]) for example in examples]
     trainer = EarlyExitTrainer(
-        model=model,
-        args=training,
+        model,
+        training,
         objective=objective,
+        evaluate_exits=run_args.evaluate_exits,
+        command=shlex.join(["python", "scripts/train_exits.py", *argv]),
         train_dataset=tokenize(tokenizer, train_pairs, data_args),
         eval_dataset=tokenize(tokenizer, validation_pairs, data_args),
         data_collator=DataCollatorForSeq2Seq(tokenizer, model=model),
         processing_class=tokenizer,
         compute_metrics=RougeOfDistinctInputs(tokenizer, examples),
-        command=shlex.join(["python", "scripts/train_exits.py", *(sys.argv[1:] if argv is None else argv)]),
     )
-    train(trainer, run_args)
+    metrics = {"validation_inputs": len(examples), **train(trainer, run_args.resume)}
+    save(trainer, finetuned_from=on_hub(model_args.model), dataset=on_hub(data_args.dataset))
+    if trainer.is_world_process_zero():
+        found = {name: None if math.isnan(value) else value for name, value in metrics.items()}
+        print(json.dumps({"output_dir": training.output_dir, "command": trainer.command, "metrics": found}))
 
 
 def make_objective(arguments: ObjectiveArguments) -> Objective:
-    """The objective that was asked for."""
-    if arguments.objective not in OBJECTIVES:
-        raise ValueError(f"--objective must be one of {list(OBJECTIVES)}, got {arguments.objective!r}.")
+    """The objective that was asked for; an option of another one is refused."""
+    options = {
+        name: value for name, value in vars(arguments).items() if name != "objective" and value not in (None, False)
+    }
+    own = {
+        "multi_exit": {"weights", "last_again", "distillation"},
+        "classifiers": {"classifier", "classifier_width", "classifier_per_layer", "unbalanced"},
+    }
+    if arguments.objective not in own:
+        raise ValueError(f"--objective must be one of {list(own)}, got {arguments.objective!r}.")
+    if foreign := sorted(set(options) - own[arguments.objective]):
+        raise ValueError(f"--{foreign[0]} does not go with --objective {arguments.objective}.")
     if arguments.objective == "classifiers":
-        return ExitClassifiers()
-    return MultiExit(arguments.weights, arguments.last_again)
+        return ExitClassifiers(balanced=not arguments.unbalanced)
+    return MultiExit(**options)
 
 
-def load_model(arguments: ModelArguments, objective: Objective) -> EarlyExitT5ForConditionalGeneration:
-    """The checkpoint with the exits that were asked for; what was not asked for is the checkpoint's own."""
-    model_class = EarlyExitT5ForConditionalGeneration
-    own = model_class.config_class.from_pretrained(arguments.model).early_exit or {}
-    values = EarlyExitConfig.from_dict(own).to_dict()
-    if arguments.exit_layers is not None:
+def exit_config(arguments: ModelArguments, objective: ObjectiveArguments) -> EarlyExitConfig:
+    """The exits that were asked for; what was not asked for is the checkpoint's own."""
+    checkpoint, _ = early_exit_config(arguments.model, None, {})
+    own = EarlyExitConfig.from_dict(checkpoint.early_exit).for_layers(checkpoint.num_decoder_layers)
+    values = own.to_dict()
+    if arguments.exit_layers is not None and tuple(arguments.exit_layers) != own.exit_layers:
         values |= {"exit_layers": arguments.exit_layers, "heads": "shared"}
     if arguments.heads is not None:
         values["heads"] = arguments.heads
-    if objective.trains_classifiers:
-        values["classifier"] = ClassifierConfig(arguments.classifier, shared=not arguments.classifier_per_layer)
-    return model_class.from_pretrained(arguments.model, early_exit=EarlyExitConfig(**values), dtype=torch.float32)
+    asks = objective.classifier or objective.classifier_width or objective.classifier_per_layer
+    if objective.objective == "classifiers" and (asks or own.classifier is None):
+        per_layer, width = objective.classifier_per_layer, objective.classifier_width
+        values["classifier"] = ClassifierConfig(objective.classifier or "linear", not per_layer, width)
+    return EarlyExitConfig(**values).for_layers(checkpoint.num_decoder_layers)
+
+
+def on_hub(name: str | None) -> str | None:
+    """The name, unless it is a folder here: what a model card may link to."""
+    return None if name is None or Path(name).exists() else name
 
 
 def check_data(arguments: DataArguments) -> None:
@@ -186,6 +220,7 @@ def pairs_of(dataset: Dataset, arguments: DataArguments) -> list[tuple[str, str]
 
 def tokenize(tokenizer: PreTrainedTokenizerBase, pairs: list[tuple[str, str]], arguments: DataArguments) -> Dataset:
     """Rows with `input_ids`, `attention_mask` and `labels`."""
+    tokenizer = copy.deepcopy(tokenizer)  # it remembers how it cut, and the one that is saved should not
 
     def encode(rows: dict[str, list[str]]) -> dict[str, list[list[int]]]:
         encoded = tokenizer(rows["source"], truncation=True, max_length=arguments.max_source_tokens)
@@ -201,7 +236,7 @@ class RougeOfDistinctInputs:
     """As `compute_metrics`: ROUGE of generated texts, each against all references of its input.
 
     Args:
-        examples: The distinct inputs; what was generated is in their order unless the trainer says for which it is.
+        examples: The distinct inputs, in the order of the evaluation set.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, examples: list[Example]):
@@ -214,19 +249,27 @@ class RougeOfDistinctInputs:
         return Rouge().compute(predictions=texts, references=references)
 
 
-def train(trainer: EarlyExitTrainer, arguments: RunArguments) -> None:
-    """Train, save or upload, and print what was measured as one JSON line."""
+def train(trainer: EarlyExitTrainer, resume: bool) -> dict[str, float]:
+    """Train, and generate at each exit; returns what was measured."""
     folder = trainer.args.output_dir
-    checkpoint = get_last_checkpoint(folder) if arguments.resume and Path(folder).is_dir() else None
+    checkpoint = get_last_checkpoint(folder) if resume and Path(folder).is_dir() else None
     metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
     for layer in trainer.model.early_exit.exit_layers:
-        always = {"exit_criterion": "fixed", "exit_layer": layer}
-        metrics |= trainer.evaluate(metric_key_prefix=f"always_{layer}", exits=False, **always)
+        prefix, always = f"always_{layer}", {"exit_criterion": "fixed", "exit_layer": layer}
+        found = trainer.evaluate(metric_key_prefix=prefix, exits=False, **always)
+        found.pop(f"{prefix}_loss")  # which is the last layer's
+        metrics |= found
+    return metrics
+
+
+def save(trainer: EarlyExitTrainer, **card: str | None) -> None:
+    """Save the model and its card, and upload them if that was asked for."""
     trainer.save_state()
-    trainer.save_model()  # uploads, too, with --push_to_hub
-    trainer.create_model_card()
-    if trainer.is_world_process_zero():
-        print(json.dumps({"output_dir": folder, "command": trainer.command, "metrics": metrics}))
+    if trainer.args.push_to_hub:
+        trainer.push_to_hub(**card)
+    else:
+        trainer.save_model()
+        trainer.create_model_card(**card)
 
 
 if __name__ == "__main__":

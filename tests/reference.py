@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from torch import nn
 from transformers import LogitsProcessorList
 
 from tests.tiny import stock_cache
@@ -18,12 +19,15 @@ def frozen_row_generate(
     max_new_tokens: int,
     processors: LogitsProcessorList | None = None,
     ends: tuple[int, ...] = (),
+    norm_of: Callable[[int], nn.Module] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Greedy tokens `[batch, 1 + steps]` and the logits `[batch, steps, vocabulary]` they come from.
 
     A row that has left keeps its hidden state through the deeper layers, which make their keys and values of it: what
-    projecting the exit state means. Stock blocks, stock cache, nothing of the package.
+    projecting the exit state means. Stock blocks, stock cache, nothing of the package. `norm_of` gives the norm in
+    front of the LM head for rows that left after a layer, where that is not the final one.
     """
+    norm_of = norm_of or (lambda layer: stock.decoder.final_layer_norm)
     encoder_states = stock.encoder(**inputs).last_hidden_state
     mask = (1 - inputs["attention_mask"][:, None, None].to(stock.dtype)) * torch.finfo(stock.dtype).min
     batch_size = len(encoder_states)
@@ -38,7 +42,8 @@ def frozen_row_generate(
             )
             hidden = torch.where((exits < layer)[:, None, None], hidden, output)
         scale = stock.model_dim**-0.5 if stock.config.scale_decoder_outputs else 1.0
-        logits = stock.lm_head(stock.decoder.final_layer_norm(hidden[:, 0]) * scale)
+        normed = torch.stack([norm_of(int(layer))(row) for layer, row in zip(exits, hidden[:, 0])])
+        logits = stock.lm_head(normed * scale)
         all_logits.append(logits)
         scores = processors(ids, logits.float()) if processors else logits
         token = scores.argmax(-1).masked_fill(ended, 0)

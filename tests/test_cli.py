@@ -12,15 +12,16 @@ import torch
 from transformers import AutoTokenizer, T5Config, T5ForConditionalGeneration
 
 import hf_earlyexit
-from hf_earlyexit import EarlyExitConfig, EarlyExitT5ForConditionalGeneration, demo, report
+from hf_earlyexit import EarlyExitT5ForConditionalGeneration, demo, report
 from hf_earlyexit.cli import DEMO_EXAMPLE, ENV_EXAMPLE, GENERATE_EXAMPLE, build_parser, load, main
-from hf_earlyexit.default import CHECKPOINT, default_inputs, load_default
+from hf_earlyexit.default import CHECKPOINT, default_exits, default_inputs, load_default
 from hf_earlyexit.policies import BATCH_RULES, CRITERIA, SCHEDULES
 
 
 TOKENS = 12
-EXITS = {"exit_criterion": "softmax", "exit_threshold": 0.6}
-FLAGS = ["--exit-criterion", "softmax", "--exit-threshold", "0.6", "--max-new-tokens", str(TOKENS)]
+EXITS = {"exit_criterion": "softmax", "exit_threshold": 0.6, "exit_layers": [2, 4, 6]}
+EXIT_FLAGS = ["--exit-criterion", "softmax", "--exit-threshold", "0.6", "--exit-layers", "2", "4", "6"]
+FLAGS = [*EXIT_FLAGS, "--max-new-tokens", str(TOKENS)]
 SUPERSCRIPTS = {ord(digit): None for digit in "⁰¹²³⁴⁵⁶⁷⁸⁹"}
 
 
@@ -53,7 +54,7 @@ def demo_text() -> str:
 @pytest.fixture(scope="module")
 def direct():
     """The demo's model and batch, and what a direct call gives."""
-    model, tokenizer = load_default(EarlyExitConfig(demo.EXIT_LAYERS))
+    model, tokenizer = load_default()
     batch = dict(tokenizer(default_inputs(), return_tensors="pt", padding=True), max_new_tokens=TOKENS)
     early = model.generate(**batch, **EXITS, return_dict_in_generate=True)
     full = model.generate(**batch, early_exit=False, return_dict_in_generate=True)
@@ -89,12 +90,12 @@ def test_demo_counts_what_a_direct_call_counts(demo_text, direct):
 
 def test_demo_counts_the_tokens_of_each_layer(demo_text, direct):
     layers_run = direct[2].layers_run
-    for layer in demo.EXIT_LAYERS:
+    for layer in EXITS["exit_layers"]:
         assert numbers_behind(f"layer {layer}", demo_text)[0] == int((layers_run == layer).sum()) > 0
     assert numbers_behind("layer 8, the last", demo_text)[0] == int((layers_run == 8).sum()) > 0
     assert numbers_behind("all", demo_text)[0] == int((layers_run > 0).sum())
     left_early = int(((layers_run > 0) & (layers_run < 8)).sum())
-    assert f"Of the {left_early} tokens that left early" in demo_text
+    assert f"of the {left_early} tokens that left early" in demo_text
 
 
 def test_demo_shows_the_texts_of_full_depth_and_of_early_exit(demo_text, direct):
@@ -108,7 +109,7 @@ def test_demo_shows_the_texts_of_full_depth_and_of_early_exit(demo_text, direct)
     equal = sum(early == full for early, full in zip(early_texts, full_texts))
     assert 0 < equal < len(full_texts)
     assert numbers_behind("texts equal to full depth", demo_text) == [equal, len(full_texts)]
-    assert f"{len(full_texts) - equal} of {len(full_texts)} texts differ" in demo_text
+    assert f"{len(full_texts) - equal} of {len(full_texts)} texts differ from full depth's" in demo_text
     assert all(f"{number} input" in demo_text for number in range(1, 9))
     assert all(text in demo_text for text in default_inputs())
 
@@ -144,24 +145,31 @@ def test_demo_marks_the_tokens_that_full_depth_would_not_write(demo_text, direct
     assert 0 < marks < tokens
     assert sum(text.count("*") for text in texts_behind("  early exit", demo_text)) == marks
     assert numbers_behind("all", demo_text) == [tokens, tokens - marks]
-    by_layer = [numbers_behind(f"layer {layer}", demo_text)[1] for layer in (*demo.EXIT_LAYERS, "8, the last")]
+    by_layer = [numbers_behind(f"layer {layer}", demo_text)[1] for layer in (*EXITS["exit_layers"], "8, the last")]
     assert sum(by_layer) == tokens - marks
 
 
 def test_demo_says_how_it_measured_and_whether_it_was_slower(demo_text):
-    early, stock, ratio = numbers_behind("milliseconds, median of 2", demo_text)
-    assert early > 0
-    assert stock > 0
-    said = re.search(r"early exit was (slower|faster) than stock here, ([\d.]+) of its time", demo_text)
-    assert (said[1] == "slower") == (float(said[2]) > 1) or float(said[2]) == 1
-    assert float(said[2]) == ratio == pytest.approx(early / stock, rel=0.1)
-    assert "8 texts as one batch, 1 CPU thread" in demo_text
+    for row, words in (("one text at a time", "early exit took"), ("as one batch", "as one batch")):
+        early, stock, ratio = numbers_behind(f"milliseconds, {row}", demo_text)
+        assert early > 0 and stock > 0
+        said = re.search(rf"{words} ([\d.]+) of stock's time \((slower|faster)\)", demo_text)
+        assert (said[2] == "slower") == (float(said[1]) > 1) or float(said[1]) == 1
+        assert float(said[1]) == ratio == pytest.approx(early / stock, rel=0.1)
+    assert "medians of 2, 8 texts, 1 CPU thread" in demo_text
     assert "whose tokens equal plain Transformers'" in demo_text
 
 
-def test_demo_says_what_untrained_exits_do(demo_text):
-    assert "these exits are untrained" in demo_text
-    assert "measure yours" in demo_text
+def test_demo_says_what_its_setting_is_worth_on_other_inputs(monkeypatch):
+    """Only of the setting that this was measured for, which is the one it has if told nothing."""
+    monkeypatch.setattr(demo, "REPETITIONS", 1)
+    exits = default_exits()
+    _, ours = exits["rougeL"].values()
+    claim = f"On {len(exits['layers_run'])} other inputs this setting has ROUGE-L {ours:.1f}"
+    trial = demo.run_trial({}, max_new_tokens=2)
+    assert trial.settings == exits["setting"] and claim in demo.about_texts(trial, 10_000)
+    other = demo.run_trial({"exit_criterion": "softmax", "exit_threshold": 0.77}, max_new_tokens=2)
+    assert "other inputs" not in demo.about_texts(other, 10_000)
 
 
 def test_demo_has_no_escape_codes_when_it_is_not_a_terminal(demo_text):
@@ -185,7 +193,7 @@ def test_demo_shows_a_text_of_nothing_but_padding_as_such():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(demo, "REPETITIONS", 1)
         trial = demo.run_trial({"exit_criterion": "state"}, max_new_tokens=2)
-    assert trial.early_texts[0] == ""
+    trial.early.sequences[0] = 0
     assert "(no text: 2 tokens such as <pad>)" in demo.describe(trial, colour=False, width=100)
 
 
@@ -233,7 +241,7 @@ def tiny_checkpoints(tmp_path_factory):
 
 
 def test_generate_writes_what_the_model_generates_in_input_order(lines, text_file, inputs):
-    results = lines("--input-file", text_file, *FLAGS[:4], "--max-new-tokens", "30")
+    results = lines("--input-file", text_file, *EXIT_FLAGS, "--max-new-tokens", "30")
     model, tokenizer = load_default()
     batch = tokenizer(inputs, return_tensors="pt", padding=True)
     output = model.generate(**batch, **EXITS, max_new_tokens=30, return_dict_in_generate=True)
@@ -416,7 +424,6 @@ def test_generate_does_not_touch_the_output_of_a_refused_call(capsys, tmp_path, 
 @pytest.mark.parametrize(
     "flags, message",
     (
-        (["--criterion", "classifier"], "no exit classifiers"),
         (["--criterion", "fixed"], "needs `exit_layer`"),
         (["--exit-layers", "9"], "`exit_layers=[9]` has [9], which are no exit points"),
         (["--colour", "sometimes"], "--colour: invalid choice"),
@@ -463,7 +470,7 @@ def test_help_has_an_example(capsys, verb):
 def test_help_names_every_choice_and_the_true_defaults(capsys):
     for verb, words in (
         ("generate", {*CRITERIA, *SCHEDULES, *BATCH_RULES}),
-        ("demo", {*CRITERIA, *BATCH_RULES, f"({demo.THRESHOLD})", f"({' '.join(map(str, demo.EXIT_LAYERS))})"}),
+        ("demo", {*CRITERIA, *BATCH_RULES, "(the shipped model's)"}),
     ):
         with pytest.raises(SystemExit):
             main([verb, "--help"])

@@ -15,18 +15,16 @@ ROWS = [{"mr": "a", "ref": "one"}, {"mr": "b, c", "ref": "two"}, {"mr": "a", "re
 
 def write(path, rows):
     """The rows in the format that the name says."""
-    if path.suffix in (".csv", ".tsv"):
-        mark = {".csv": ",", ".tsv": "\t"}[path.suffix]
-        path.write_text(
-            "\n".join([mark.join(rows[0]), *(mark.join(f'"{text}"' for text in row.values()) for row in rows)])
-        )
-        return str(path)
-    text = "\n".join(map(json.dumps, rows))
+    mark = {".csv": ",", ".tsv": "\t"}.get(path.suffixes[0])
+    lines = map(json.dumps, rows)
+    if mark:
+        lines = [mark.join(rows[0]), *(mark.join(f'"{text}"' for text in row.values()) for row in rows)]
+    text = "\n".join(lines)
     path.write_bytes(gzip.compress(text.encode()) if path.suffix == ".gz" else text.encode())
     return str(path)
 
 
-@pytest.mark.parametrize("name", ("rows.csv", "rows.tsv", "rows.jsonl", "rows.json", "rows.jsonl.gz"))
+@pytest.mark.parametrize("name", ("rows.csv", "rows.csv.gz", "rows.tsv", "rows.jsonl", "rows.json", "rows.jsonl.gz"))
 def test_rows_of_a_file_are_grouped_by_input(name, tmp_path):
     dataset = read_file(write(tmp_path / name, ROWS))
     pairs = column_pairs(dataset, *text_columns(dataset.column_names), prefix="say: ")
@@ -53,6 +51,13 @@ def test_halves_do_not_depend_on_the_order_and_share_nothing():
     assert set(select) | set(report) == set(examples)
     assert halves(examples[::-1]) == (select, report)
     assert select != examples[:50], "not just the first ones"
+    assert {one.source for one in select} != set(sorted(one.source for one in examples)[:50]), "nor the first by name"
+
+
+def test_what_is_no_text_is_refused_by_row_and_column(tmp_path):
+    dataset = read_file(write(tmp_path / "rows.jsonl", [{"mr": "a", "ref": "x"}, {"mr": "b", "ref": None}]))
+    with pytest.raises(ValueError, match="Row 1 has no text in column 'ref': None"):
+        column_pairs(dataset, "mr", "ref")
 
 
 def test_what_is_no_file_of_pairs(tmp_path):

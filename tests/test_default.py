@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer, T5ForConditionalGeneration
 
-from hf_earlyexit.default import CHECKPOINT, default_inputs, load_default
+from hf_earlyexit.default import CHECKPOINT, default_exits, default_inputs, load_default
 from tests import laws, tiny
 from tests.watching import Recording, Scripted, pseudo_random_script
 
@@ -82,13 +82,15 @@ def test_batch_equals_rows_alone(criterion, count):
 
 
 def test_fixed_exit_equals_cut_stock():
-    """Law 2 on a trained model, with the tie rule."""
+    """Law 2 on a trained model, with the tie rule; an exit has its own norm."""
     stock, model, _ = shipped()
     ties = []
     for inputs in batches(INPUTS[:32]):
         for layer in (1, 3, 6, 8):
             output = generate(model, inputs, exit_criterion="fixed", exit_layer=layer)
-            expected = generate(tiny.cut_to(stock, layer), inputs)
+            cut = tiny.cut_to(stock, layer)
+            cut.decoder.final_layer_norm = model.exit_heads.head_of(layer, stock.decoder.final_layer_norm)
+            expected = generate(cut, inputs)
             ties += differences(output, expected)
             assert set(output.layers_run.unique().tolist()) <= {0, layer}
     assert ties == []
@@ -114,7 +116,8 @@ def test_lazy_and_eager_follow_frozen_rows():
         script = pseudo_random_script(1, 8)
         inputs = next(batches(INPUTS[:7]))
         stock, model = stock.double(), model.double()
-        expected, logits = laws.frozen_row_generate(stock, inputs, script, 24, None, (1,))
+        norm_of = lambda layer: model.exit_heads.head_of(layer, stock.decoder.final_layer_norm)  # noqa: E731
+        expected, logits = laws.frozen_row_generate(stock, inputs, script, 24, None, (1,), norm_of)
         for fill in ("lazy", "eager"):
             output = model.generate(
                 **inputs,
@@ -129,6 +132,19 @@ def test_lazy_and_eager_follow_frozen_rows():
             torch.testing.assert_close(output.logits[5], logits[:, 5].float())
     finally:
         shipped.cache_clear()
+
+
+def test_the_exits_that_ship_are_the_models():
+    """The distribution is that of the token-by-token data, and like what the setting does on other inputs."""
+    _, model, _ = shipped()
+    exits = default_exits()
+    depths = [depth for row in exits["layers_run"] for depth in row]
+    shares = [depths.count(layer) / len(depths) for layer in range(1, 9)]
+    assert exits["distribution"] == pytest.approx(shares) and len(exits["layers_run"]) == 274
+    found = [generate(model, inputs, **exits["setting"]).layers_run for inputs in batches(INPUTS[:48])]
+    layers = torch.cat([one[one > 0] for one in found]).float()
+    assert layers.mean() == pytest.approx(sum(depths) / len(depths), abs=0.4)
+    assert set(layers.unique().tolist()) == {layer for layer, share in enumerate(shares, 1) if share}
 
 
 def test_the_shipped_model_is_what_its_card_says():

@@ -7,9 +7,11 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from random import Random
 
 import pytest
 import torch
+from transformers import T5ForConditionalGeneration
 
 from hf_earlyexit.data import Example, halves
 from hf_earlyexit.default import CHECKPOINT, default_inputs, load_default
@@ -89,11 +91,24 @@ def test_times_are_ratios_of_calls_that_took_turns(bench):
     assert times.ratio("ours", {"stock": 1.0}, "wall")["median"] == 1.0
     assert times.ratio("ours", {"stock": 0.5, "ours": 0.5}, "wall")["median"] == 1.0
     calls: list[str] = []
-    found = measure({name: lambda name=name: calls.append(name) for name in "ab"}, 3, __import__("random").Random(0))
+    found = measure({name: lambda name=name: calls.append(name) for name in "ab"}, 3, Random(0))
     assert sorted(calls) == list("aaaabbbb") and set(calls[:2]) == set("ab"), "warmed up once, then three rounds"
     assert all(len(found.seconds["cpu"][name]) == 3 for name in "ab")
-    beside = bench.time_beside_stock(examples()[:2], settings_of({}, [1])[-1], size=1, rounds=5)
-    assert len(beside.seconds["wall"]["stock"]) == len(beside.seconds["cpu"]["ours"]) == 5
+
+
+def test_time_is_beside_the_stock_class_warmed_up(bench, monkeypatch):
+    """Batches go round until there are enough."""
+    assert type(bench.stock) is T5ForConditionalGeneration
+    seen = {"stock": [], "ours": []}
+    for name, model in (("stock", bench.stock), ("ours", bench.model)):
+        record = lambda name=name, **call: seen[name].append((call["input_ids"].tolist(), "exit_layer" in call))  # noqa: E731
+        monkeypatch.setattr(model, "generate", record)
+    times = bench.time_beside_stock(examples()[:2], settings_of({}, [1])[-1], size=1, rounds=5)
+    assert len(times.seconds["wall"]["stock"]) == len(times.seconds["cpu"]["ours"]) == 5
+    first, second = (ids for ids, _ in seen["stock"][1:3])
+    assert first != second and [ids for ids, _ in seen["stock"]] == [first, first, second, first, second, first]
+    assert {exits for _, exits in seen["stock"]} == {False} and {exits for _, exits in seen["ours"]} == {True}
+    assert len(seen["ours"]) == 6
 
 
 def test_the_script_evaluates_what_is_missing_and_writes_it_all(tmp_path):
@@ -102,15 +117,20 @@ def test_the_script_evaluates_what_is_missing_and_writes_it_all(tmp_path):
     options = ["--file", "inputs.csv", "--output", "found.json", "--rounds", "2", "--timed-batch-sizes", "2"]
     options += ["--max-new-tokens", str(TOKENS), "--distribution", "exits.json", "--points", "100"]
 
-    def run(*curves: str) -> dict:
+    def run(*curves: str) -> subprocess.CompletedProcess:
         command = [sys.executable, str(SCRIPT), *options, *curves]
-        ran = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
-        assert ran.returncode == 0, ran.stderr[-2000:]
-        return json.loads(ran.stdout.splitlines()[-1]), ran.stdout
+        return subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
 
-    run("--curve", "softmax", "0.9")
+    for wrong, message in ((["softmx", "0.9"], "got 'softmx'"), (["classifier:9", "0.9"], "has [9]")):
+        ran = run("--curve", *wrong)
+        assert ran.returncode == 1 and message in ran.stderr and not (tmp_path / "found.json").exists()
+    assert run("--curve", "softmax", "0.9").returncode == 0
     first = json.loads((tmp_path / "found.json").read_text())
-    summary, text = run("--curve", "softmax", "0.9", "--curve", "state", "0.98")
+    ran = run("--curve", "softmax", "0.9", "--curve", "state", "0.98")
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    summary, text = json.loads(ran.stdout.splitlines()[-1]), ran.stdout
+    mixed = run("--curve", "softmax", "0.9", "--max-inputs", "4")
+    assert mixed.returncode == 1 and "found.json has cells of another run" in mixed.stderr
     found = json.loads((tmp_path / "found.json").read_text())
     assert found["cells"][: len(first["cells"])] == first["cells"], "what was there is not run again"
     names = [one["name"] for one in found["cells"]]

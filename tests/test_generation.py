@@ -306,6 +306,15 @@ def test_a_call_asks_some_of_the_exit_points(pair):
     stored = GenerationConfig.from_dict(passed.to_dict())
     by_config = model.generate(**tiny_inputs(4), generation_config=stored, return_dict_in_generate=True)
     assert by_config.head_rows.nonzero().flatten().tolist() == [2, 4, NUM_LAYERS]
+    nowhere = laws.generate(model, tiny_inputs(4), **SOFTMAX, exit_layers=[])
+    assert set(nowhere.layers_run.unique().tolist()) <= {0, NUM_LAYERS}
+
+
+def test_stored_exit_layers_do_not_stand_in_the_way_of_another_criterion(pair):
+    few = with_exits(pair[0], EarlyExitConfig((1, 3)))
+    few.generation_config.exit_layers = [2]
+    output = laws.generate(few, tiny_inputs(2), exit_criterion="fixed", exit_layer=3)
+    assert set(output.layers_run.unique().tolist()) <= {0, 3}
 
 
 def test_settings_of_a_call_never_leak(model):

@@ -53,6 +53,25 @@ def test_multi_exit_by_hand(objective, weights):
     torch.testing.assert_close(objective.token_losses(exits), torch.tensor([expected]))
 
 
+def test_distillation_by_hand():
+    """Towards a last layer that gives the label 1/4; the exits give it 1/2 and 3/4."""
+    exits = labelled([EVEN], [SURE], [WRONG], [0])
+    taught = (HALF, 1 / 4 * THREE_QUARTERS + 3 / 4 * QUARTER)
+    for share in (0.25, 1.0):
+        losses = [(1 - share) * label + share * soft for label, soft in zip((HALF, THREE_QUARTERS), taught)]
+        expected = losses[0] / 8 + 3 * losses[1] / 8 + 4 * QUARTER / 8
+        found = MultiExit("linear", distillation=share).token_losses(exits)
+        torch.testing.assert_close(found, torch.tensor([expected]))
+
+
+def test_the_last_layer_does_not_learn_from_its_exits():
+    last = torch.tensor([[WRONG]], requires_grad=True)
+    states = [torch.zeros(1, 1, 2), torch.tensor([[SURE]]), torch.zeros(1, 1, 2)]
+    exits = LabelledExits((1,), states, last, torch.tensor([[0]]), lambda layer, hidden: hidden, None)
+    MultiExit("uniform", distillation=1.0).token_losses(exits).sum().backward()
+    torch.testing.assert_close(last.grad, torch.tensor([[[1 / 4 - 1, 3 / 4]]]) / 2)
+
+
 @pytest.mark.parametrize(
     ("balanced", "agrees", "differs"), [(False, (1, 1), (1, 1)), (True, (0.25, 0.6), (0.75, 0.4))]
 )
@@ -79,11 +98,26 @@ def test_each_objective_moves_its_own():
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"), [(("cubic",), "weights.*'cubic'"), (("linear", 1), "last_again.*1")]
+    ("arguments", "message"),
+    [(("cubic",), "weights.*'cubic'"), (("linear", 1), "last_again.*1"), (("linear", True, 2), "distillation.*2")],
 )
 def test_what_is_no_multi_exit_is_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         MultiExit(*arguments)
+
+
+def test_losses_of_half_precisions_are_in_fp32():
+    exits = labelled([EVEN], [SURE], [WRONG], [0])
+    exits = LabelledExits(
+        LAYERS,
+        [exits.hidden(1)[None].bfloat16()] * 5,
+        torch.tensor([[WRONG]]).bfloat16(),
+        torch.tensor([[0]]),
+        lambda layer, hidden: hidden,
+        None,
+    )
+    for objective in (MultiExit(), MultiExit(distillation=0.5)):
+        assert objective.token_losses(exits).dtype == torch.float32
 
 
 def test_classifiers_need_some_to_train():

@@ -47,9 +47,9 @@ def folder(tmp_path_factory) -> Path:
     return folder
 
 
-def run(folder: Path, *options: str, **environment: str) -> subprocess.CompletedProcess:
+def run(folder: Path, *options: str, launcher: tuple = (), **environment: str) -> subprocess.CompletedProcess:
     variables = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(SCRIPT.parent.parent), **environment}
-    command = [sys.executable, str(SCRIPT), *QUICK.split(), "--max_target_tokens", "8", *options]
+    command = [sys.executable, *launcher, str(SCRIPT), *QUICK.split(), "--max_target_tokens", "8", *options]
     return subprocess.run(command, capture_output=True, text=True, cwd=folder, env=variables)
 
 
@@ -72,9 +72,11 @@ def test_the_first_stage_says_what_it_measured_and_saves(first_stage, folder):
         metrics
     )
     assert metrics["after_exit_2_loss"] < metrics["before_exit_2_loss"]
+    assert metrics["validation_inputs"] == 5 and "always_2_loss" not in metrics, "six rows"
     model = EarlyExitT5ForConditionalGeneration.from_pretrained(folder / "exits")
     assert model.early_exit == EarlyExitConfig((2, 4), ("norm", "norm"))
     assert model.generation_config.max_new_tokens is None, "what was set to evaluate is not what was saved"
+    assert json.loads((folder / "exits/tokenizer.json").read_text())["truncation"] is None
     card = (folder / "exits/README.md").read_text()
     assert "after layer 2, 4 of 6" in card and f"| 2 | {metrics['after_exit_2_loss']:.3f} |" in card
     assert f"| ROUGE-L | {100 * metrics['before_rougeL']:.2f} | {100 * metrics['after_rougeL']:.2f} |" in card
@@ -111,6 +113,7 @@ def test_the_second_stage_trains_classifiers_and_uploads(first_stage, folder):
     """From files, to a Hub, with the card; the backbone is untouched."""
     options = "--model exits --train_file train.csv --validation_file validation.csv --output_dir classified"
     options += " --objective classifiers --classifier mlp --classifier_per_layer --push_to_hub --hub_model_id some/one"
+    options += " --exit_layers 2 4"  # said again, which must not cost the heads of the first stage
     with hub_stub.running_hub() as hub:
         metrics = result(run(folder, *options.split(), **hub.environment(str(folder / "home"))))["metrics"]
         files = {name: file.content for name, file in hub.commit_of("some/one", "main")[1].items()}
@@ -126,6 +129,33 @@ def test_the_second_stage_trains_classifiers_and_uploads(first_stage, folder):
     assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in before.items())
 
 
+def test_two_processes_evaluate_every_input_once(folder):
+    """Five inputs on two processes; what one process measures before training is what two do."""
+    files = ("--train_file", "train.csv", "--validation_file", "validation.csv")
+    options = ("--model", "plain", *files, "--exit_layers", "2", "--output_dir")
+    alone = result(run(folder, *options, "alone"))["metrics"]
+    launcher = ("-m", "torch.distributed.run", "--nproc-per-node", "2")
+    together = result(run(folder, *options, "together", launcher=launcher))["metrics"]
+    names = [name for name in alone if name.startswith("before_") and ("exit" in name or "rouge" in name)]
+    assert len(names) > 4
+    assert [together[name] for name in names] == pytest.approx([alone[name] for name in names], rel=1e-4)
+
+
+def test_a_second_run_keeps_the_classifiers_it_is_not_told_to_change(first_stage, folder):
+    sys.path.insert(0, str(SCRIPT.parent))
+    from train_exits import ModelArguments, ObjectiveArguments, exit_config
+
+    per_layer = ObjectiveArguments(objective="classifiers", classifier="mlp", classifier_per_layer=True)
+    made = exit_config(ModelArguments(str(folder / "exits")), per_layer)
+    assert made.heads == ("norm", "norm") and (made.classifier.kind, made.classifier.shared) == ("mlp", False)
+    model = EarlyExitT5ForConditionalGeneration.from_pretrained(folder / "exits", early_exit=made)
+    model.save_pretrained(folder / "own")
+    kept = exit_config(ModelArguments(str(folder / "own")), ObjectiveArguments(objective="classifiers"))
+    assert kept.classifier == made.classifier
+    changed = exit_config(ModelArguments(str(folder / "own"), exit_layers=[3]), ObjectiveArguments())
+    assert changed.exit_layers == (3,) and changed.heads == ("shared",)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -133,6 +163,10 @@ def test_the_second_stage_trains_classifiers_and_uploads(first_stage, folder):
         ("--model plain --output_dir x --train_file train.csv", "--train_file goes with --validation_file"),
         ("--model plain --output_dir x --dataset cnn_dailymail --objective both", "--objective must be one of"),
         ("--model plain --output_dir x --dataset cnn_dailymail --weights cubic", "`weights` must be one of"),
+        ("--model plain --output_dir x --dataset cnn_dailymail --classifier mlp", "--classifier does not go with"),
+        ("--model plain --output_dir x --dataset cnn_dailymail --exit_layers 9", "`exit_layers` has 9"),
+        ("--model plain --output_dir x --dataset cnn_dailymail --source_column body", "no column 'body'"),
+        ("--model plain --output_dir x --train_file train.csv --validation_file no.csv", "no file 'no.csv'"),
     ],
 )
 def test_what_cannot_be_is_said_before_any_work(folder, options, message):

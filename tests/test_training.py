@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from torch import nn
-from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, TrainerCallback
+from transformers import GenerationConfig, Seq2SeqTrainer, Seq2SeqTrainingArguments, TrainerCallback
 
 from hf_earlyexit import ClassifierConfig, EarlyExitConfig, EarlyExitT5ForConditionalGeneration
 from hf_earlyexit.objectives import ExitClassifiers, MultiExit
@@ -24,6 +25,7 @@ from tests.tiny import VOCABULARY, tiny_inputs, tiny_stock, with_exits
 OBJECTIVES = {
     "linear": MultiExit("linear"),
     "uniform, last again": MultiExit("uniform", last_again=True),
+    "distillation": MultiExit("uniform", distillation=0.5),
     "classifiers": ExitClassifiers(),
     "classifiers, unbalanced": ExitClassifiers(balanced=False),
 }
@@ -150,6 +152,32 @@ def test_flags_come_back_after_an_error(tmp_path):
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
+def test_checkpoints_in_between_say_whether_classifiers_are_trained(tmp_path):
+    """Also when a run that had come to its end is taken up."""
+    for objective in ("classifiers", "linear"):
+        model, folder = tiny(), tmp_path / objective
+        model.config.early_exit["classifier"]["trained"] = objective == "linear"
+        saving = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
+        make_trainer(model, folder, objective, **saving).train()
+        config = json.loads((folder / "checkpoint-1/config.json").read_text())
+        assert config["early_exit"]["classifier"]["trained"] == (objective == "classifiers")
+        again = make_trainer(tiny(seed=1), folder, objective, **saving)
+        again.model.config.early_exit["classifier"]["trained"] = objective == "linear"
+        again.train(resume_from_checkpoint=True)
+        assert again.model.early_exit.classifier.trained == (objective == "classifiers")
+
+
+def test_agreement_is_measured_before_training_unless_given(tmp_path):
+    trainer = make_trainer(tiny(), tmp_path, "classifiers", max_steps=1)
+    metrics = trainer.train().metrics
+    assert trainer.objective.agreement == tuple(metrics[f"before_exit_{layer}_agreement"] for layer in (1, 3, 5))
+    given = ExitClassifiers(agreement=(0.1, 0.2, 0.3))
+    trainer = make_trainer(tiny(), tmp_path, "classifiers", max_steps=1)
+    trainer.objective = given
+    trainer.train()
+    assert trainer.objective == given
+
+
 def test_training_the_model_makes_its_classifiers_untrained(tmp_path):
     model = tiny()
     model.config.early_exit["classifier"]["trained"] = True
@@ -160,7 +188,7 @@ def test_training_the_model_makes_its_classifiers_untrained(tmp_path):
 # --- the same data give the same model ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("objective", ("linear", "uniform, last again", "classifiers"))
+@pytest.mark.parametrize("objective", ("linear", "uniform, last again", "distillation", "classifiers"))
 def test_accumulated_batches_are_one_batch(objective, tmp_path):
     """Rows have 3 to 8 labels, so a mean of means would not do. By SGD, since Adam blows rounding up."""
     whole, parts = tiny(), tiny()
@@ -219,7 +247,7 @@ def test_gradient_checkpointing_changes_nothing(tmp_path):
     assert_same_weights(plain, checkpointed)
 
 
-@pytest.mark.parametrize("objective", ("linear", "classifiers"))
+@pytest.mark.parametrize("objective", ("linear", "distillation", "classifiers"))
 def test_bf16_is_near_fp32(objective, tmp_path):
     full, half = make_trainer(tiny(), tmp_path, objective), make_trainer(tiny(), tmp_path, objective, bf16=True)
     full.train()
@@ -258,6 +286,8 @@ def test_two_processes_give_the_loss_of_one(one_process, launcher, processes):
     assert found["processes"] in processes and one_process["processes"] == 1
     assert len(found["losses"]) == 2 and found["losses"] == pytest.approx(one_process["losses"], rel=1e-5)
     assert found["report"] == pytest.approx(one_process["report"], rel=1e-4, nan_ok=True)
+    # Where tokens are not counted over processes, each takes the mean over its own: nearly the same, not twice that.
+    assert found["by_process"] == pytest.approx(one_process["by_process"], rel=0.2)
 
 
 # --- what it says ---------------------------------------------------------------------------------------------------
@@ -303,6 +333,38 @@ def test_evaluation_is_at_full_depth_unless_asked(tmp_path):
     assert model.generation_config.to_dict() == kept
 
 
+def test_predictions_are_at_full_depth_unless_asked(tmp_path):
+    """By keywords or by a generation config."""
+    model = tiny()
+    model.generation_config.exit_criterion, model.generation_config.exit_layer = "fixed", 1
+    trainer = make_trainer(model, tmp_path, predict_with_generate=True, generation_max_length=6)
+    asked = GenerationConfig(exit_criterion="fixed", exit_layer=1, max_length=6)
+    full, by_keyword, by_config = (
+        trainer.predict(rows()[:7], **options).predictions.tolist()
+        for options in ({}, {"exit_criterion": "fixed", "exit_layer": 1}, {"generation_config": asked})
+    )
+    assert full != by_keyword == by_config
+
+
+def test_texts_stay_in_order_and_evaluations_in_between_are_as_told(tmp_path):
+    options = {"eval_strategy": "steps", "eval_steps": 1, "max_steps": 1}
+    for exits in (False, True):
+        trainer = make_trainer(tiny(), tmp_path, **options)
+        trainer.evaluate_exits = exits
+        trainer.train()
+        assert any("eval_exit_1_loss" in entry for entry in trainer.state.log_history) == exits
+    trainer.args.train_sampling_strategy = "group_by_length"
+    assert list(trainer._get_eval_sampler(trainer.eval_dataset)) == list(range(7))
+
+
+def test_decoder_inputs_that_are_given_are_used():
+    model, batch = tiny(), collate(rows()[:4])
+    ids = torch.full_like(batch["labels"], 5)
+    loss = MultiExit().token_losses
+    given = model(**batch, decoder_input_ids=ids, exit_objective=loss).loss
+    assert not torch.equal(given, model(**batch, exit_objective=loss).loss)
+
+
 def test_precision_and_recall_are_the_classifiers(tmp_path):
     trainer = make_trainer(tiny(), tmp_path, "classifiers", max_steps=20)
     metrics = trainer.train().metrics
@@ -335,17 +397,55 @@ def test_a_saved_run_reloads_to_the_same_tokens_and_exits(tmp_path):
     assert not list((tmp_path / "saved").glob("pytorch_model*"))
 
 
+def test_the_card_has_the_newest_figures_and_the_run(tmp_path):
+    trainer = make_trainer(tiny(), tmp_path, max_steps=2)
+    trainer.command = "python train.py --it"
+    metrics = trainer.train().metrics
+    trainer.log({"after_exit_1_loss": 9.0})
+    trainer.create_model_card(language="en", dataset="e2e_nlg", tags="mine")
+    text = (tmp_path / "README.md").read_text()
+    assert "| 1 | 9.000 |" in text and f"| 3 | {metrics['after_exit_3_loss']:.3f} |" in text
+    assert f"nats per token | {metrics['before_exit_6_loss']:.3f} | {metrics['after_exit_6_loss']:.3f} |" in text
+    assert "MultiExit(weights='linear'" in text and "2 steps of 8 rows" in text and "python train.py --it" in text
+    assert "learning rate 0.01 (constant), fp32" in text and "OptimizerNames" not in text
+    head = ModelCard(text).data
+    assert (head.language, head.datasets, "mine" in head.tags) == ("en", "e2e_nlg", True)
+
+
 # --- what is refused ------------------------------------------------------------------------------------------------
 
 
-def test_refusals(tmp_path):
-    data = {"train_dataset": rows(), "data_collator": collate, "args": arguments(tmp_path)}
-    with pytest.raises(ValueError, match="eval_dataset.*full depth is evaluated before and after"):
-        EarlyExitTrainer(model=tiny(), objective=MultiExit(), **data)
-    with pytest.raises(ValueError, match="early-exit model, got `T5ForConditionalGeneration`"):
-        EarlyExitTrainer(model=tiny_stock(dtype=torch.float32), objective=MultiExit(), **data)
-    with pytest.raises(ValueError, match="no exit classifiers"):
-        make_trainer(tiny(early_exit=EarlyExitConfig((2,))), tmp_path, "classifiers")
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"eval_dataset": None}, "eval_dataset.*NoneType.*full depth is evaluated before and after"),
+        ({"eval_dataset": {"a": rows()}}, "eval_dataset.*one data set, got dict"),
+        ({"model": tiny_stock(dtype=torch.float32)}, "early-exit model, got `T5ForConditionalGeneration`"),
+        ({"model_init": tiny}, "`model_init` does not go with `objective`"),
+        ({"compute_loss_func": lambda *args, **kwargs: 0}, "`compute_loss_func` does not go"),
+        ({"args": {"label_smoothing_factor": 0.1}}, "`label_smoothing_factor=0.1` is not supported"),
+        ({"args": {"bf16_full_eval": True}}, "`bf16_full_eval=True` is not supported"),
+        ({"model": tiny(early_exit=EarlyExitConfig((2,))), "objective": ExitClassifiers()}, "no exit classifiers"),
+        ({"objective": ExitClassifiers(agreement=(0.5,))}, "`agreement` has 1 shares for 3 exit points"),
+    ],
+)
+def test_refusals(changes, message, tmp_path):
+    """Before anything is made."""
+    changes = {**changes, "args": arguments(tmp_path / "out", **changes.get("args", {}))}
+    values = {"model": tiny(), "objective": MultiExit(), "train_dataset": rows(), "eval_dataset": rows()}
+    with pytest.raises(ValueError, match=message):
+        EarlyExitTrainer(**(values | changes))
+    assert not (tmp_path / "out").exists()
+
+
+def test_several_gpus_in_one_process_are_refused(tmp_path):
+    args = arguments(tmp_path)
+    args._n_gpu = 2
+    with pytest.raises(ValueError, match="One process with 2 GPUs: .*accelerate launch"):
+        EarlyExitTrainer(tiny(), args, objective=MultiExit(), train_dataset=rows(), eval_dataset=rows())
+
+
+def test_nothing_left_to_train_is_refused(tmp_path):
     model = tiny().requires_grad_(False)
     with pytest.raises(ValueError, match="Nothing is left to train"):
         make_trainer(model, tmp_path).train()
@@ -362,12 +462,15 @@ def under_launch() -> None:
 
     torch.set_num_threads(1)
     processes = int(os.environ.get("WORLD_SIZE", 1))
+    options = {"max_steps": 2, "per_device_train_batch_size": 8 // processes}
     with tempfile.TemporaryDirectory() as folder:
-        trainer = make_trainer(tiny(), folder, max_steps=2, per_device_train_batch_size=8 // processes)
+        trainer = make_trainer(tiny(), folder, **options)
         trainer.train()
-        report = trainer.report_exits()
+        by_process = make_trainer(tiny(), folder, average_tokens_across_devices=False, **options)
+        by_process.train()
+        found = {"losses": losses(trainer), "by_process": losses(by_process), "report": trainer.report_exits()}
         if trainer.is_world_process_zero():
-            print(json.dumps({"losses": losses(trainer), "processes": processes, "report": report}))
+            print(json.dumps({**found, "processes": processes}))
 
 
 if __name__ == "__main__":
