@@ -206,7 +206,7 @@ def attends_for_the_wrong_rows(attend):
 
 @swapped(Decoder, "head_input")
 def skips_the_final_norm(head_input):
-    return lambda self, layer, hidden: hidden * self.scale
+    return lambda self, layer, hidden: hidden * self.model.model_dim**-0.5
 
 
 @swapped(Run, "record_finished")
