@@ -16,7 +16,7 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, TextIO
 
-from hf_earlyexit import __version__, report
+from hf_earlyexit import __version__, terminal
 from hf_earlyexit.machine import environment
 
 
@@ -53,7 +53,7 @@ example:
   hf-earlyexit generate --model google/flan-t5-small --input-file articles.jsonl --input-field article \\
       --prefix "summarize: " --output-file summaries.jsonl --exit-criterion fixed --exit-layer 6
 """
-ENV = "Print versions and hardware, to be pasted into a bug report."
+ENV = "Print versions and hardware, to be pasted into a bug terminal."
 ENV_EXAMPLE = """\
 example:
   hf-earlyexit env
@@ -201,7 +201,7 @@ def demo(arguments: argparse.Namespace) -> int:
     from hf_earlyexit.demo import describe, run_trial
 
     trial = run_trial(exit_settings(arguments), arguments.max_new_tokens)
-    print(describe(trial, report.use_colour(arguments.colour, sys.stdout), text_width()))
+    print(describe(trial, terminal.use_colour(arguments.colour, sys.stdout), text_width()))
     return 0
 
 
@@ -380,7 +380,7 @@ class Tally:
         return (
             f"{self.inputs} inputs, {self.tokens} tokens: on average {self.token_layers / self.tokens:.2f} of "
             f"{self.num_layers} layers per token; {self.layers_executed} of {self.layers_full} layers executed "
-            f"({report.ratio(self.layers_executed, self.layers_full)}); {speed:.1f} tokens/s"
+            f"({terminal.ratio(self.layers_executed, self.layers_full)}); {speed:.1f} tokens/s"
         )
 
 

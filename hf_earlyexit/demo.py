@@ -1,6 +1,6 @@
 """Answers for what `hf-earlyexit demo` tries and says: the shipped model beside stock, counted and timed in one run.
 
-`run_trial` tries, `describe` says; every number is counted or measured by the trial. How it looks is `report.py`'s.
+`run_trial` tries, `describe` says; every number is counted or measured by the trial. How it looks is `terminal.py`'s.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase, T5ForConditionalGeneration
 from transformers.utils import logging
 
-from hf_earlyexit import report
+from hf_earlyexit import terminal
 from hf_earlyexit.default import CHECKPOINT, default_exits, default_inputs, load_default
 from hf_earlyexit.generation import EarlyExitGenerateOutput
 from hf_earlyexit.models import EarlyExitT5ForConditionalGeneration
@@ -225,7 +225,7 @@ def introduction(trial: Trial, width: int) -> str:
         "as it stands, and the layers above do not run for it. In Python:"
     )
     return (
-        f"{report.paragraph(text, width)}\n\n"
+        f"{terminal.paragraph(text, width)}\n\n"
         "    model, tokenizer = load_default()\n"
         f"    model.generate(**batch, {settings}, max_new_tokens={trial.max_new_tokens})"
     )
@@ -233,8 +233,8 @@ def introduction(trial: Trial, width: int) -> str:
 
 def explanation(trial: Trial, colour: bool, width: int) -> str:
     """How to read the texts that follow."""
-    key = report.legend(trial.exit_layers, trial.num_layers, colour, marked="not what full depth would write")
-    return report.labelled("left after", key, width, LABEL_WIDTH)
+    key = terminal.legend(trial.exit_layers, trial.num_layers, colour, marked="not what full depth would write")
+    return terminal.labelled("left after", key, width, LABEL_WIDTH)
 
 
 def example(trial: Trial, row: int, colour: bool, width: int) -> str:
@@ -244,7 +244,7 @@ def example(trial: Trial, row: int, colour: bool, width: int) -> str:
         ("  full depth", trial.stock_texts[row]),
         ("  early exit", coloured_text(trial, row, colour)),
     )
-    return "\n".join(report.labelled(label, text, width, LABEL_WIDTH) for label, text in lines)
+    return "\n".join(terminal.labelled(label, text, width, LABEL_WIDTH) for label, text in lines)
 
 
 def coloured_text(trial: Trial, row: int, colour: bool) -> str:
@@ -256,7 +256,7 @@ def coloured_text(trial: Trial, row: int, colour: bool) -> str:
     tokens = trial.tokenizer.convert_ids_to_tokens([ids[place] for place in shown])
     layers = trial.early.layers_run[row, shown].tolist()
     differs = (~trial.as_full_depth[row, shown]).nonzero().flatten().tolist()
-    return report.colour_tokens(tokens, layers, trial.num_layers, colour, marked=differs)
+    return terminal.colour_tokens(tokens, layers, trial.num_layers, colour, marked=differs)
 
 
 def tokens_by_layer(trial: Trial) -> str:
@@ -267,7 +267,7 @@ def tokens_by_layer(trial: Trial) -> str:
         name = f"layer {layer}" if layer < trial.num_layers else f"layer {layer}, the last"
         rows.append((name, f"{here.sum()}", f"{(here & trial.as_full_depth).sum()}"))
     rows.append(("all", f"{trial.written.sum()}", f"{trial.as_full_depth.sum()}"))
-    return report.table(("left after", "tokens", "as full depth would write"), rows)
+    return terminal.table(("left after", "tokens", "as full depth would write"), rows)
 
 
 def work(trial: Trial) -> str:
@@ -285,11 +285,11 @@ def work(trial: Trial) -> str:
         _compare("milliseconds, as one batch", *_milliseconds(trial, " batch"), "{:.0f}"),
         ("texts equal to full depth", f"{trial.equal_texts} of {len(trial.inputs)}", "", ""),
     ]
-    return report.table(("", "early exit", "full depth", "ratio"), rows)
+    return terminal.table(("", "early exit", "full depth", "ratio"), rows)
 
 
 def _compare(name: str, early: float, full: float, style: str = "{}") -> tuple[str, str, str, str]:
-    return name, style.format(early), style.format(full), report.ratio(early, full)
+    return name, style.format(early), style.format(full), terminal.ratio(early, full)
 
 
 def _milliseconds(trial: Trial, which: str = "") -> tuple[float, float]:
@@ -301,7 +301,7 @@ def verdict(trial: Trial, width: int) -> str:
     """Whether it was faster, in plain words, and how that was measured."""
     heads, full_heads = int(trial.early.head_rows.sum()), int(trial.full.head_rows.sum())
     same = "equal" if torch.equal(trial.full.sequences, trial.stock) else "DIFFER FROM"
-    return report.paragraph(
+    return terminal.paragraph(
         f"Time: with one text at a time, early exit took {_beside_stock(trial)}; as one batch "
         f"{_beside_stock(trial, ' batch')}. It ran {heads} vocabulary heads, which turn states into words, instead of "
         f"{full_heads}; each has the weights of {trial.head_in_layers:.1f} of this model's decoder layers. Measured: "
@@ -326,7 +326,7 @@ def about_texts(trial: Trial, width: int) -> str:
         f"differ from full depth's. {trial.unended(trial.early.sequences)} did not end within {trial.max_new_tokens} "
         f"tokens (at full depth {trial.unended(trial.stock)}). Another text need not be a worse one."
     )
-    return report.paragraph(f"{text}{about_other_inputs(trial.settings)}", width)
+    return terminal.paragraph(f"{text}{about_other_inputs(trial.settings)}", width)
 
 
 def about_other_inputs(settings: dict[str, Any]) -> str:

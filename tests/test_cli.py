@@ -12,7 +12,7 @@ import torch
 from transformers import AutoTokenizer, T5Config, T5ForConditionalGeneration
 
 import hf_earlyexit
-from hf_earlyexit import EarlyExitT5ForConditionalGeneration, demo, report
+from hf_earlyexit import EarlyExitT5ForConditionalGeneration, demo, terminal
 from hf_earlyexit.cli import DEMO_EXAMPLE, ENV_EXAMPLE, GENERATE_EXAMPLE, build_parser, load, main
 from hf_earlyexit.default import CHECKPOINT, default_exits, default_inputs, load_default
 from hf_earlyexit.policies import BATCH_RULES, CRITERIA, SCHEDULES
@@ -182,7 +182,7 @@ def test_demo_colours_when_told_to(capsys, monkeypatch):
     fixed = ["--criterion", "fixed", "--exit-layer", "3", "--max-new-tokens", "3"]
     assert main(["demo", "--colour", "always", *fixed]) == 0
     text = capsys.readouterr().out
-    assert f"\x1b[38;5;16;48;5;{report.colour_of(3, 8)}m" in text
+    assert f"\x1b[38;5;16;48;5;{terminal.colour_of(3, 8)}m" in text
     assert numbers_behind("layer 3", text)[0] == numbers_behind("all", text)[0] > 0
     assert "model.generate(**batch, exit_criterion='fixed', exit_layer=3, max_new_tokens=3)" in text
     assert "After decoder layer 3 of 8" in text

@@ -1,4 +1,4 @@
-"""Answers for how outputs look to people: text coloured by exit layer, its legend, tables.
+"""Answers for how outputs look on a terminal: text coloured by exit layer, its legend, tables.
 
 Everything here takes plain values and gives strings. Knows nothing of models, tokenizers or files.
 """

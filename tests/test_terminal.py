@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from hf_earlyexit import report
+from hf_earlyexit import terminal
 from hf_earlyexit.extras import require
 
 
@@ -19,50 +19,50 @@ class Terminal(io.StringIO):
 
 
 def test_every_token_that_left_early_has_the_colour_of_its_layer():
-    text = report.colour_tokens(TOKENS, LAYERS, 4, colour=True)
+    text = terminal.colour_tokens(TOKENS, LAYERS, 4, colour=True)
     assert PAINTED.findall(text) == [
-        (str(report.colour_of(layer, 4)), word) for layer, word in ((1, "Port"), (2, "and"), (3, "Arms"))
+        (str(terminal.colour_of(layer, 4)), word) for layer, word in ((1, "Port"), (2, "and"), (3, "Arms"))
     ]
-    assert report.ESCAPES.sub("", text) == "The Portland Arms."
+    assert terminal.ESCAPES.sub("", text) == "The Portland Arms."
 
 
 def test_spaces_are_never_coloured():
-    text = report.colour_tokens(TOKENS, LAYERS, 4, colour=True)
+    text = terminal.colour_tokens(TOKENS, LAYERS, 4, colour=True)
     assert all(" " not in word for _, word in PAINTED.findall(text))
 
 
 def test_without_colour_the_layer_stands_behind_the_token():
-    assert report.colour_tokens(TOKENS, LAYERS, 4, colour=False) == "The Port¹land² Arms³."
-    assert report.colour_tokens(["▁a"], [12], 24, colour=False) == "a¹²"
+    assert terminal.colour_tokens(TOKENS, LAYERS, 4, colour=False) == "The Port¹land² Arms³."
+    assert terminal.colour_tokens(["▁a"], [12], 24, colour=False) == "a¹²"
 
 
 @pytest.mark.parametrize("colour", (True, False))
 def test_marked_tokens_are_followed_by_a_star(colour):
-    text = report.colour_tokens(TOKENS, LAYERS, 4, colour, marked=[1, 5])
-    plain = report.ESCAPES.sub("", text).translate({ord(digit): None for digit in "¹²³"})
+    text = terminal.colour_tokens(TOKENS, LAYERS, 4, colour, marked=[1, 5])
+    plain = terminal.ESCAPES.sub("", text).translate({ord(digit): None for digit in "¹²³"})
     assert plain == "The Port*land Arms.*"
 
 
 def test_no_tokens_are_no_text():
-    assert report.colour_tokens([], [], 4, colour=True) == ""
+    assert terminal.colour_tokens([], [], 4, colour=True) == ""
 
 
 @pytest.mark.parametrize("num_layers", (2, 3, 8, 12, 24))
 def test_colours_run_through_the_palette_and_full_depth_has_none(num_layers):
-    places = [report.PALETTE.index(report.colour_of(layer, num_layers)) for layer in range(1, num_layers)]
+    places = [terminal.PALETTE.index(terminal.colour_of(layer, num_layers)) for layer in range(1, num_layers)]
     assert places == sorted(places)
     assert places[0] == 0
-    assert places[-1] == (len(report.PALETTE) - 1 if num_layers > 2 else 0)
-    assert report.colour_of(num_layers, num_layers) is None
+    assert places[-1] == (len(terminal.PALETTE) - 1 if num_layers > 2 else 0)
+    assert terminal.colour_of(num_layers, num_layers) is None
 
 
 def test_legend_shows_each_layer_in_its_own_colour():
-    text = report.legend([2, 6, 4, 8], 8, True, marked="odd")
+    text = terminal.legend([2, 6, 4, 8], 8, True, marked="odd")
     assert PAINTED.findall(text) == [
-        (str(report.colour_of(layer, 8)), f"layer\N{NO-BREAK SPACE}{layer}") for layer in (2, 4, 6)
+        (str(terminal.colour_of(layer, 8)), f"layer\N{NO-BREAK SPACE}{layer}") for layer in (2, 4, 6)
     ]
     assert text.endswith("plain = all 8  * = odd")
-    assert report.legend([2], 8, False, marked="odd") == "word² = layer 2  plain = all 8  * = odd"
+    assert terminal.legend([2], 8, False, marked="odd") == "word² = layer 2  plain = all 8  * = odd"
 
 
 @pytest.mark.parametrize(
@@ -82,27 +82,27 @@ def test_when_colours_are_used(monkeypatch, choice, environment, stream, expecte
     monkeypatch.setenv("TERM", "xterm")
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    assert report.use_colour(choice, stream) is expected
+    assert terminal.use_colour(choice, stream) is expected
 
 
 def test_lines_are_cut_at_spaces_and_escapes_take_no_room():
     plain = "the quick brown fox jumps over the lazy dog"
     words = [f"\x1b[38;5;16;48;5;75m{word}\x1b[0m" for word in plain.split()]
-    lines = report.wrap(" ".join(words), 15)
-    assert [report.ESCAPES.sub("", line) for line in lines] == ["the quick brown", "fox jumps over", "the lazy dog"]
-    assert report.wrap(plain, 15) == ["the quick brown", "fox jumps over", "the lazy dog"]
-    assert report.wrap("the quick brown", 14) == ["the quick", "brown"]
-    assert report.wrap("incomprehensible", 5) == ["incomprehensible"]
+    lines = terminal.wrap(" ".join(words), 15)
+    assert [terminal.ESCAPES.sub("", line) for line in lines] == ["the quick brown", "fox jumps over", "the lazy dog"]
+    assert terminal.wrap(plain, 15) == ["the quick brown", "fox jumps over", "the lazy dog"]
+    assert terminal.wrap("the quick brown", 14) == ["the quick", "brown"]
+    assert terminal.wrap("incomprehensible", 5) == ["incomprehensible"]
 
 
 def test_labelled_text_is_indented_alike():
-    assert report.labelled("in", "one two three", 12, 5) == "in   one two\n     three"
-    assert report.labelled("in", "", 12, 5) == "in   "
+    assert terminal.labelled("in", "one two three", 12, 5) == "in   one two\n     three"
+    assert terminal.labelled("in", "", 12, 5) == "in   "
 
 
 def test_table_aligns_names_left_and_numbers_right():
     rows = [("tokens", "7", "120"), ("heads run", "12345", "")]
-    assert report.table(("", "ours", "theirs"), rows).splitlines() == [
+    assert terminal.table(("", "ours", "theirs"), rows).splitlines() == [
         "            ours  theirs",
         "tokens         7     120",
         "heads run  12345",
@@ -110,8 +110,8 @@ def test_table_aligns_names_left_and_numbers_right():
 
 
 def test_ratio():
-    assert report.ratio(3, 4) == "0.75x"
-    assert report.ratio(3, 0) == "-"
+    assert terminal.ratio(3, 4) == "0.75x"
+    assert terminal.ratio(3, 0) == "-"
 
 
 def test_require_imports_what_is_there():
