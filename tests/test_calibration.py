@@ -9,17 +9,8 @@ import numpy as np
 import pytest
 
 from hf_earlyexit import calibration
-from hf_earlyexit.calibration import (
-    BOUNDS,
-    Calibration,
-    betting,
-    calibrate,
-    hoeffding,
-    inputs_needed,
-    p_values_of,
-    split_delta,
-    upper_bounds_of,
-)
+from hf_earlyexit.bounds import BOUNDS, betting, hoeffding, p_values_of, upper_bounds_of
+from hf_earlyexit.calibration import Calibration, calibrate, inputs_needed, split_delta
 
 
 DRAWS = 1000
@@ -79,6 +70,17 @@ def test_hoeffding_bentkus_as_mapie_has_it():
     for risk in (0.02, 0.1, 0.4):
         expected = oracle(losses.mean(axis=0), len(losses), risk)[:, 0]
         np.testing.assert_allclose(p_values_of(losses, risk, bound="hb", delta=DELTA), expected, rtol=1e-9)
+
+
+def test_the_walk_as_mapie_has_it():
+    control = pytest.importorskip("mapie.risk_control").control_fwer
+    accepted = []
+    for seed in range(20):
+        result = chosen(coins(200, np.linspace(0.01, 0.2, 12), seed), bound="hoeffding", target=0.2)
+        expected = control(np.array(result.p_values), DELTA, fwer_method="fixed_sequence")
+        np.testing.assert_array_equal(np.arange(result.accepted), expected)
+        accepted.append(result.accepted)
+    assert len(set(accepted)) > 2
 
 
 def test_clopper_pearson_in_closed_form():
