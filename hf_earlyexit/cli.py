@@ -1,59 +1,23 @@
-"""Answers for the command line `hf-earlyexit`: reads arguments and files, calls the package, writes lines.
+"""Answers for the command line `hf-earlyexit`: its verbs, and how their errors look.
 
-One function per verb. Whatever needs torch is imported inside the verbs, after the arguments have been read.
+Verbs read arguments and files, call the package and write lines; they are in the files `cli_*.py`. Whatever
+needs torch is imported inside the verbs, after the arguments have been read.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import shutil
 import sys
-import time
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
-from typing import Any, TextIO
 
-from hf_earlyexit import __version__, terminal
+from hf_earlyexit import __version__, cli_calibrate, cli_evaluate, cli_generate
+from hf_earlyexit.cli_arguments import Verb
 from hf_earlyexit.machine import environment
 
 
 PROGRAM = "hf-earlyexit"
-EXIT_SETTINGS = (
-    "exit_criterion",
-    "exit_threshold",
-    "exit_layers",
-    "exit_layer",
-    "exit_schedule",
-    "batch_exit",
-    "fill",
-)
-RESULT_FIELDS = ("output", "tokens", "layers_run", "mean_layers")
 DESCRIPTION = "Early-exit text generation for Hugging Face Transformers: easy tokens leave the decoder early."
-DEMO = """\
-Generate from real inputs with the model that ships with the package, and show for every token the layer it left at,
-the layers run, and the time beside stock Transformers. Nothing is downloaded.
-"""
-DEMO_EXAMPLE = """\
-example:
-  hf-earlyexit demo
-  hf-earlyexit demo --criterion classifier --threshold 0.5 --exit-layers 2 4 6
-  hf-earlyexit demo --criterion fixed --exit-layer 6
-"""
-GENERATE = """\
-Generate one output for every line of a file, as JSON lines: the input, the output, its tokens, the layers that each
-token ran and their mean. Without an exit criterion, here or in the model's generation_config, every token runs all
-layers. Blank lines are skipped.
-"""
-GENERATE_EXAMPLE = """\
-example:
-  hf-earlyexit generate --input-file inputs.txt --exit-criterion softmax --exit-threshold 0.9
-  hf-earlyexit generate --model google/flan-t5-small --input-file articles.jsonl --input-field article \\
-      --prefix "summarize: " --output-file summaries.jsonl --exit-criterion fixed --exit-layer 6
-"""
-ENV = "Print versions and hardware, to be pasted into a bug terminal."
+ENV = "Print versions and hardware, to be pasted into a bug report."
 ENV_EXAMPLE = """\
 example:
   hf-earlyexit env
@@ -84,9 +48,6 @@ def one_line(error: Exception) -> str:
     return " ".join(str(error).split())
 
 
-# --- arguments ------------------------------------------------------------------------------------------------------
-
-
 class Parser(argparse.ArgumentParser):
     """A parser whose errors are reported like all others."""
 
@@ -99,289 +60,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser = Parser(prog=PROGRAM, description=DESCRIPTION)
     parser.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
     verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
-    add_demo_arguments(add_verb(verbs, "demo", demo, "see early exit at work", DEMO, DEMO_EXAMPLE))
-    add_generate_arguments(add_verb(verbs, "generate", generate, "generate from a file", GENERATE, GENERATE_EXAMPLE))
-    add_verb(verbs, "env", env, "versions and hardware, for bug reports", ENV, ENV_EXAMPLE)
+    for verb in VERBS:
+        verb.add_to(verbs)
     return parser
-
-
-def add_verb(verbs, name: str, verb, summary: str, description: str, example: str) -> argparse.ArgumentParser:
-    """A verb's parser, which runs `verb`; its help ends in the example."""
-    parser = verbs.add_parser(
-        name,
-        help=summary,
-        description=description,
-        epilog=example,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.set_defaults(verb=verb)
-    return parser
-
-
-def add_demo_arguments(parser: argparse.ArgumentParser) -> None:
-    """What `demo` takes."""
-    add_exit_settings(parser, criterion="the shipped model's", threshold="the shipped model's", layers="all")
-    parser.add_argument("--max-new-tokens", type=positive, metavar="N", help="tokens per text at most (64)")
-    parser.add_argument("--colour", choices=("auto", "always", "never"), default="auto", help="escape codes (auto)")
-
-
-def add_generate_arguments(parser: argparse.ArgumentParser) -> None:
-    """What `generate` takes."""
-    files = parser.add_argument_group("files")
-    files.add_argument("--input-file", required=True, metavar="FILE", help="text or JSON lines; - is stdin")
-    files.add_argument(
-        "--input-field",
-        metavar="NAME",
-        help="lines are JSON objects and this field is the input ('text', if the file is named .jsonl or .json)",
-    )
-    files.add_argument("--output-file", metavar="FILE", help="where to write JSON lines (stdout)")
-    model = parser.add_argument_group("model")
-    model.add_argument("--model", metavar="PATH_OR_ID", help="an early-exit or plain T5 (the shipped one)")
-    model.add_argument("--device", default="cpu", help="as for torch: cpu, cuda, cuda:1 (cpu)")
-    model.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="(float32)")
-    text = parser.add_argument_group("generation")
-    text.add_argument("--prefix", default="", metavar="TEXT", help="put before each input, such as 'summarize: '")
-    text.add_argument("--batch-size", type=positive, default=8, metavar="N", help="inputs at once (8)")
-    text.add_argument("--max-new-tokens", type=positive, metavar="N", help="tokens per output at most (the model's)")
-    text.add_argument("--num-beams", type=positive, metavar="N", help="beams; 1 is greedy (the model's)")
-    exits = parser.add_argument_group("exit settings, the keywords of model.generate")
-    add_exit_settings(exits, criterion="the model's", threshold="the model's", layers="the model's")
-    exits.add_argument("--exit-schedule", type=schedule, metavar="NAME", help="constant, calm, calm_released, or JSON")
-    exits.add_argument("--no-early-exit", action="store_true", help="every token runs all layers, whatever is set")
-
-
-def add_exit_settings(parser, criterion: str, threshold: str, layers: str) -> None:
-    """The exit settings of both verbs, with their defaults for the help."""
-    parser.add_argument(
-        "--exit-criterion",
-        "--criterion",
-        metavar="NAME",
-        help=f"softmax, max_prob, entropy, state, classifier or fixed ({criterion})",
-    )
-    parser.add_argument(
-        "--exit-threshold",
-        "--threshold",
-        type=float,
-        metavar="X",
-        help=f"confidence in [0, 1] from which a token leaves ({threshold})",
-    )
-    parser.add_argument(
-        "--exit-layers", type=positive, nargs="+", metavar="LAYER", help=f"exit points that are asked ({layers})"
-    )
-    parser.add_argument("--exit-layer", type=positive, metavar="LAYER", help="with fixed: the layer to leave at")
-    parser.add_argument("--batch-exit", metavar="RULE", help="row, batch or batch_joint (row)")
-    parser.add_argument("--fill", metavar="WHEN", help="keys and values of skipped layers: lazy or eager (lazy)")
-
-
-def positive(text: str) -> int:
-    """A whole number from 1 on."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 on")
-    return int(text)
-
-
-def schedule(text: str) -> str | dict[str, Any]:
-    """A schedule's name, or its JSON object: `{"name": "calm", "tau": 4}`."""
-    return json.loads(text) if text.startswith("{") else text
-
-
-def exit_settings(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The exit settings that were given, as keywords of `generate`."""
-    given = {name: getattr(arguments, name, None) for name in EXIT_SETTINGS}
-    if getattr(arguments, "no_early_exit", False):
-        given["early_exit"] = False
-    return {name: value for name, value in given.items() if value is not None}
-
-
-# --- demo -----------------------------------------------------------------------------------------------------------
-
-
-def demo(arguments: argparse.Namespace) -> int:
-    """The verb `demo`."""
-    from hf_earlyexit.demo import describe, run_trial
-
-    trial = run_trial(exit_settings(arguments), arguments.max_new_tokens)
-    print(describe(trial, terminal.use_colour(arguments.colour, sys.stdout), text_width()))
-    return 0
-
-
-def text_width() -> int:
-    """Columns for running text: those of the terminal, as far as they are good to read."""
-    return min(120, shutil.get_terminal_size((110, 24)).columns)
-
-
-# --- generate -------------------------------------------------------------------------------------------------------
-
-
-def generate(arguments: argparse.Namespace) -> int:
-    """The verb `generate`."""
-    records = read_records(arguments.input_file, arguments.input_field)
-    check_arguments(arguments)
-    model, tokenizer = load(arguments)
-    tally = Tally(model.config.num_decoder_layers)
-    with open_output(arguments.output_file) as output, progress(len(records), output) as bar:
-        for batch in batches(records, arguments.batch_size):
-            for result in generate_batch(model, tokenizer, batch, arguments, tally):
-                print(to_json(result, output), file=output)
-            output.flush()
-            bar.update(len(batch))
-    print(tally.summary(), file=sys.stderr)
-    return 0
-
-
-def read_records(path: str, field: str | None) -> list[dict[str, Any]]:
-    """The lines of a file as objects whose `input` is the text; other fields of JSON lines are kept.
-
-    Raises:
-        ValueError: There is no input, or a line is not what it should be; the message has its number.
-    """
-    is_json = field is not None or path.endswith((".jsonl", ".json"))
-    with nullcontext(sys.stdin) if path == "-" else open(path, encoding="utf-8-sig") as lines:
-        numbered = [(number, line.strip()) for number, line in enumerate(lines, 1) if line.strip()]
-    name = "stdin" if path == "-" else path
-    if not numbered:
-        raise ValueError(f"{name} is empty: one input a line is expected")
-    if not is_json:
-        return [{"input": line} for _, line in numbered]
-    return [parse_record(line, field or "text", f"{name}, line {number}") for number, line in numbered]
-
-
-def parse_record(line: str, field: str, where: str) -> dict[str, Any]:
-    """One JSON line, its `field` renamed to `input`."""
-    try:
-        record = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where}: not JSON ({error.msg} at column {error.colno})") from error
-    if not isinstance(record, dict):
-        raise ValueError(f"{where}: a JSON object is expected, got {type(record).__name__}")
-    if not isinstance(record.get(field), str):
-        raise ValueError(f"{where}: the field {field!r} must be a text; the object has {list(record)}")
-    return {"input": record.pop(field), **_refuse_taken(record, where)}
-
-
-def _refuse_taken(record: dict[str, Any], where: str) -> dict[str, Any]:
-    """`record`, unless it has a field that a result would write over."""
-    if taken := {"input", *RESULT_FIELDS} & set(record):
-        raise ValueError(f"{where}: results would write over the fields {sorted(taken)}: rename them")
-    return record
-
-
-def check_arguments(arguments: argparse.Namespace) -> None:
-    """Refuse what cannot work before a model is loaded."""
-    if arguments.output_file and not Path(arguments.output_file).parent.is_dir():
-        raise ValueError(f"{arguments.output_file}: there is no such folder to write to")
-    check_device(arguments.device)
-    from transformers import GenerationConfig
-
-    from hf_earlyexit.settings import ExitSettings
-
-    try:
-        stored = GenerationConfig.from_pretrained(model_path(arguments))
-    except OSError:  # it has none, or there is no such model, which loading it will say
-        stored = None
-    ExitSettings.merge(exit_settings(arguments), None, stored)
-
-
-def check_device(name: str) -> None:
-    """Refuse a device that cannot be used here."""
-    import torch
-
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {name} cannot be used: {str(error).splitlines()[0]}") from error
-
-
-def model_path(arguments: argparse.Namespace) -> str | Path:
-    """Where the model is: what was asked for, or the shipped one."""
-    from hf_earlyexit.default import CHECKPOINT
-
-    return arguments.model or CHECKPOINT
-
-
-def load(arguments: argparse.Namespace):
-    """The model, in eval mode, and its tokenizer."""
-    import torch
-    from transformers import AutoTokenizer
-
-    from hf_earlyexit.models import EarlyExitT5ForConditionalGeneration
-
-    path = model_path(arguments)
-    model = EarlyExitT5ForConditionalGeneration.from_pretrained(path, dtype=getattr(torch, arguments.dtype))
-    return model.to(arguments.device).eval(), AutoTokenizer.from_pretrained(path)
-
-
-def open_output(path: str | None) -> AbstractContextManager[TextIO]:
-    """Where results go, to be used in a `with`; stdout is left open."""
-    return open(path, "w", encoding="utf-8") if path else nullcontext(sys.stdout)
-
-
-def progress(total: int, output: TextIO):
-    """A bar on stderr if that is a terminal, unless the results go to the same terminal."""
-    from tqdm import tqdm
-
-    return tqdm(total=total, unit="input", disable=True if output.isatty() else None)
-
-
-def batches(records: list[dict[str, Any]], size: int) -> Iterator[list[dict[str, Any]]]:
-    """The records in batches of at most `size`, in order."""
-    return (records[start : start + size] for start in range(0, len(records), size))
-
-
-def generate_batch(model, tokenizer, batch, arguments, tally: Tally) -> Iterator[dict[str, Any]]:
-    """The results of a batch, in its order."""
-    texts = [arguments.prefix + record["input"] for record in batch]
-    encoded = tokenizer(texts, return_tensors="pt", padding=True).to(model.device)
-    options = {name: getattr(arguments, name) for name in ("max_new_tokens", "num_beams")}
-    options = {name: value for name, value in options.items() if value is not None}
-    output = model.generate(**encoded, **options, **exit_settings(arguments), return_dict_in_generate=True)
-    if output.get("layers_run") is None:
-        raise ValueError("the model's generation_config asks for what the early-exit walk does not do: clear it there")
-    tally.add(output)
-    outputs = tokenizer.batch_decode(output.sequences, skip_special_tokens=True)
-    return map(result_of, batch, outputs, output.layers_run.tolist())
-
-
-def result_of(record: dict[str, Any], text: str, layers_run: list[int]) -> dict[str, Any]:
-    """What is written for one input; steps after its end, which ran no layer, are cut off."""
-    layers = [layer for layer in layers_run if layer > 0]
-    mean = round(sum(layers) / len(layers), 3)
-    return {**record, "output": text, "tokens": len(layers), "layers_run": layers, "mean_layers": mean}
-
-
-def to_json(result: dict[str, Any], stream: TextIO) -> str:
-    """One line, in ASCII where the stream could not hold more."""
-    is_utf8 = (stream.encoding or "utf-8").lower().replace("-", "") == "utf8"
-    return json.dumps(result, ensure_ascii=not is_utf8)
-
-
-class Tally:
-    """The work of all batches.
-
-    Args:
-        num_layers: Of the decoder.
-    """
-
-    def __init__(self, num_layers: int):
-        self.num_layers = num_layers
-        self.inputs = self.tokens = self.token_layers = self.layers_executed = self.layers_full = 0
-        self.start = time.perf_counter()
-
-    def add(self, output) -> None:
-        """Count one batch. Every row runs layer 1 at every step, so that one tells what full depth would run."""
-        self.inputs += len(output.sequences)
-        self.tokens += int((output.layers_run > 0).sum())
-        self.token_layers += int(output.layers_run.sum())
-        self.layers_executed += int(output.layer_rows.sum())
-        self.layers_full += int(output.layer_rows[0]) * self.num_layers
-
-    def summary(self) -> str:
-        speed = self.tokens / (time.perf_counter() - self.start)
-        return (
-            f"{self.inputs} inputs, {self.tokens} tokens: on average {self.token_layers / self.tokens:.2f} of "
-            f"{self.num_layers} layers per token; {self.layers_executed} of {self.layers_full} layers executed "
-            f"({terminal.ratio(self.layers_executed, self.layers_full)}); {speed:.1f} tokens/s"
-        )
 
 
 # --- env ------------------------------------------------------------------------------------------------------------
@@ -393,3 +74,11 @@ def env(arguments: argparse.Namespace) -> int:
     for name, value in facts.items():
         print(f"{name.ljust(width)}  {value}")
     return 0
+
+
+VERBS = (
+    *cli_generate.VERBS,
+    *cli_calibrate.VERBS,
+    *cli_evaluate.VERBS,
+    Verb("env", env, "versions and hardware, for bug reports", ENV, ENV_EXAMPLE),
+)

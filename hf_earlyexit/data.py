@@ -1,14 +1,17 @@
 """Answers for pairs of input and target text: reading them, and the distinct inputs with all their references.
 
 The unit of evaluation is the distinct input: an input that stands in several rows is one prompt with several
-references, not several prompts. Knows nothing of models.
+references, not several prompts. Where inputs are not independent of each other, such as questions about one text, the
+unit is a group of them. Knows nothing of models.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +32,21 @@ BUILDERS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".p
 
 @dataclass(frozen=True)
 class Example:
-    """A distinct input and its references, in the order of the rows."""
+    """A distinct input and its references, in the order of the rows.
+
+    Attributes:
+        source: What the model reads.
+        references: None where nobody wrote any.
+        group: Inputs that share it are one unit. Empty: the input is one by itself.
+    """
 
     source: str
-    references: tuple[str, ...]
+    references: tuple[str, ...] = ()
+    group: str = ""
+
+    @property
+    def unit(self) -> str:
+        return self.group or self.source
 
 
 def read_file(path: str) -> Dataset:
@@ -57,9 +71,7 @@ def text_columns(names: Sequence[str], source: str | None = None, target: str | 
     Raises:
         ValueError: A column is not there, or none is known.
     """
-    for column in (source, target):
-        if column is not None and column not in names:
-            raise ValueError(f"There is no column {column!r}; there are {list(names)}.")
+    _check_columns(names, source, target)
     known = (pair for pair in KNOWN_COLUMNS if set(pair) <= set(names))
     known_source, known_target = next(known, (None, None))
     found = (source or known_source, target or known_target)
@@ -70,6 +82,12 @@ def text_columns(names: Sequence[str], source: str | None = None, target: str | 
     return found
 
 
+def _check_columns(names: Sequence[str], *asked: str | None) -> None:
+    for column in asked:
+        if column is not None and column not in names:
+            raise ValueError(f"There is no column {column!r}; there are {list(names)}.")
+
+
 def group_by_input(pairs: Iterable[tuple[str, str]]) -> list[Example]:
     """The distinct inputs of `(input, target)` pairs, in the order in which they first appear."""
     references: dict[str, list[str]] = {}
@@ -78,11 +96,85 @@ def group_by_input(pairs: Iterable[tuple[str, str]]) -> list[Example]:
     return [Example(source, tuple(targets)) for source, targets in references.items()]
 
 
-def halves(examples: Sequence[Example]) -> tuple[list[Example], list[Example]]:
-    """Two halves, one to choose settings on and one to report: the same for the same inputs, in whatever order."""
-    ordered = sorted(examples, key=lambda example: hashlib.sha256(example.source.encode()).digest())
-    middle = len(ordered) // 2
-    return ordered[:middle], ordered[middle:]
+def read_examples(
+    dataset: Dataset, source: str, target: str | None = None, *, prefix: str = "", group_by: str | None = None
+) -> list[Example]:
+    """The distinct inputs of a data set, for calibration.
+
+    Args:
+        dataset: Its rows.
+        source: The column with the inputs.
+        target: The column with one reference each; None: there are none.
+        prefix: Put before each input.
+        group_by: The column whose value says which rows belong together. Rows of a group with the same input are one
+            input with several references; a group of several inputs is one unit.
+
+    Raises:
+        ValueError: A column is not there, a cell is no text, an input stands in several rows and `group_by` is None,
+            or in several groups, or a row has none.
+    """
+    _check_columns(dataset.column_names, source, target, group_by)
+    pairs = column_pairs(dataset, source, target or source, prefix)
+    groups = _refuse_duplicates([text for text, _ in pairs]) if group_by is None else _group_labels(dataset, group_by)
+    references: dict[str, list[str]] = {}
+    group_of: dict[str, str] = {}
+    for (text, reference), group in zip(pairs, groups):
+        if group_of.setdefault(text, group) != group:
+            raise ValueError(
+                f"The input {text[:80]!r} stands in two groups of `group_by={group_by!r}`, {group_of[text]!r} and "
+                f"{group!r}."
+            )
+        references.setdefault(text, []).append(reference)
+    sizes = Counter(group_of.values())
+    return [
+        Example(text, tuple(found) if target else (), group_of[text] if sizes[group_of[text]] > 1 else "")
+        for text, found in references.items()
+    ]
+
+
+def _group_labels(dataset: Dataset, column: str) -> list[str]:
+    labels = list(dataset[column])
+    if missing := [number for number, label in enumerate(labels) if label is None or label == ""]:
+        raise ValueError(f"Row {missing[0]} has no value in column {column!r}, which says what belongs together.")
+    return list(map(str, labels))
+
+
+def _refuse_duplicates(sources: Sequence[str]) -> Sequence[str]:
+    text, count = Counter(sources).most_common(1)[0] if sources else ("", 0)
+    if count > 1:
+        raise ValueError(
+            f"{len(sources) - len(set(sources))} of {len(sources)} rows repeat an input ({text[:80]!r} stands in "
+            f"{count}), and rows that repeat it are not independent: name the column that says what belongs together, "
+            "`group_by=`, such as that of the inputs."
+        )
+    return [""] * len(sources)
+
+
+def split_by_unit(examples: Sequence[Example], shares: Mapping[str, float]) -> dict[str, list[Example]]:
+    """Parts of these shares of the units, the same for the same inputs in whatever order; no unit is in two parts."""
+    units = sorted({example.unit for example in examples}, key=_digest)
+    ends = [int(share * len(units) + 1e-9) for share in accumulate(shares.values())]
+    part_of = {unit: name for name, start, end in zip(shares, [0, *ends], ends) for unit in units[start:end]}
+    parts: dict[str, list[Example]] = {name: [] for name in shares}
+    for example in sorted(examples, key=lambda example: (_digest(example.unit), _digest(example.source))):
+        if example.unit in part_of:
+            parts[part_of[example.unit]].append(example)
+    return parts
+
+
+def _digest(text: str) -> bytes:
+    return hashlib.sha256(text.encode()).digest()
+
+
+def short_hash(example: Example) -> str:
+    """The input as 16 hexadecimal digits, to tell whether it has been seen without keeping it."""
+    return _digest(example.source).hex()[:16]
+
+
+def data_fingerprint(examples: Iterable[Example]) -> str:
+    """SHA-256 of inputs, references and groups, whatever their order."""
+    each = sorted(repr((one.source, sorted(one.references), one.unit)) for one in examples)
+    return hashlib.sha256("\n".join(each).encode()).hexdigest()
 
 
 def column_pairs(dataset: Dataset, source: str, target: str, prefix: str = "") -> list[tuple[str, str]]:

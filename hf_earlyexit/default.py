@@ -1,4 +1,4 @@
-"""Answers for the checkpoint that ships with the package: where it lies, loading it, inputs to try it on.
+"""Answers for the checkpoint that ships with the package: where it lies, loading it, inputs to try and judge it.
 
 Nothing is downloaded. What it is, where its data come from and under which licence: `assets/t5-e2e/README.md`.
 """
@@ -13,11 +13,14 @@ import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from hf_earlyexit.config import EarlyExitConfig
+from hf_earlyexit.data import Example, read_examples, read_file
 from hf_earlyexit.models import EarlyExitT5ForConditionalGeneration
 
 
 ASSETS = Path(__file__).parent / "assets"
 CHECKPOINT = ASSETS / "t5-e2e"
+VALIDATION = ASSETS / "e2e-validation.csv.gz"
+PREFIX = "describe: "
 
 
 def load_default(
@@ -43,6 +46,14 @@ def default_exits() -> dict[str, Any]:
         layers of every token, text by text.
     """
     return json.loads((CHECKPOINT / "exits.json").read_text(encoding="utf-8"))
+
+
+def default_examples() -> list[Example]:
+    """Inputs that the shipped model has not been trained on, with all their references: E2E NLG's validation set.
+
+    Its 4,672 rows are 547 distinct inputs, prefix included.
+    """
+    return read_examples(read_file(str(VALIDATION)), "mr", "ref", prefix=PREFIX, group_by="mr")
 
 
 def default_inputs() -> list[str]:

@@ -21,6 +21,7 @@ from transformers.utils import logging
 from hf_earlyexit import terminal
 from hf_earlyexit.default import CHECKPOINT, default_exits, default_inputs, load_default
 from hf_earlyexit.generation import EarlyExitGenerateOutput
+from hf_earlyexit.heat_map import full_depth_choices
 from hf_earlyexit.models import EarlyExitT5ForConditionalGeneration
 from hf_earlyexit.settings import ExitSettings
 from hf_earlyexit.timing import measure, one_thread
@@ -170,15 +171,6 @@ def asked_layers(model: EarlyExitT5ForConditionalGeneration, settings: dict[str,
     """The layers at which a call with these settings asks."""
     points = ExitSettings.merge(settings, None, None).exit_points(model.early_exit, model.config.num_decoder_layers)
     return sorted(points)
-
-
-@torch.no_grad()
-def full_depth_choices(stock: T5ForConditionalGeneration, batch: dict[str, Any], sequences: torch.Tensor):
-    """`[batch, T]`, the token that `stock` would write behind each prefix of `sequences [batch, 1 + T]`."""
-    logits = stock(
-        input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], decoder_input_ids=sequences[:, :-1]
-    ).logits
-    return logits.argmax(dim=-1)
 
 
 def head_in_layers(model: torch.nn.Module) -> float:

@@ -1,182 +1,279 @@
-"""Answers for what a checkpoint's exits are worth: quality, layers, work and time of every setting, beside stock.
+"""Answers for what a checkpoint's exits are worth: criteria x thresholds x batch sizes x batch rules, beside stock.
 
-The unit is the distinct input with all its references. Knows nothing of files, tables and pictures.
+The experiment of arXiv 2407.20272 on any model and data. The unit is the distinct input with all its references; every
+cell is timed beside stock at full depth, taking turns in one process. Results are plain values (see `report.py`).
 """
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+import random
+import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from datetime import date
 from functools import partial
 from itertools import cycle, islice
-from random import Random
+from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import torch
 from tqdm import tqdm
-from transformers import AutoTokenizer, T5ForConditionalGeneration
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_earlyexit.data import Example
-from hf_earlyexit.machine import load
+from hf_earlyexit import latency
+from hf_earlyexit.candidates import FULL_DEPTH, STATIC, Candidate, full_depth
+from hf_earlyexit.certified import uncertified
+from hf_earlyexit.data import Example, data_fingerprint
+from hf_earlyexit.fingerprint import weights_fingerprint
+from hf_earlyexit.grid import Cell, Grid, is_on_a_curve
+from hf_earlyexit.heat_map import heat_map
+from hf_earlyexit.intervals import mean_interval
+from hf_earlyexit.journal import Journal
+from hf_earlyexit.machine import environment, load
 from hf_earlyexit.metrics import Bleu, exact_match, rouge_scores, textual_consistency
 from hf_earlyexit.models import EarlyExitT5ForConditionalGeneration
-from hf_earlyexit.timing import CLOCKS, Times, spread
+from hf_earlyexit.reliability import reliability
+from hf_earlyexit.stock import stock_of
+from hf_earlyexit.timing import CLOCKS, Times, one_thread, spread
+from hf_earlyexit.writing import Text, Writer, Writing
 
 
-FULL_DEPTH, ALWAYS = "full depth", "always after layer"
+FORMAT = 1
 ROUGE = ("rouge1", "rouge2", "rougeL")
-WORK = ("layer_rows", "filled_positions", "head_rows")
+SHOWN = 4  # examples, token by token
 
 
-@dataclass(frozen=True)
-class Setting:
-    """A way to generate: its place in the tables, and the keywords of `generate`."""
+def evaluate_model(
+    model: EarlyExitT5ForConditionalGeneration,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Example],
+    grid: Grid | None = None,
+    *,
+    generation: Mapping[str, Any] | None = None,
+    max_source_tokens: int | None = None,
+    path: str | Path | None = None,
+    data_name: str = "",
+) -> dict[str, Any]:
+    """Evaluate every cell of a grid.
 
-    curve: str
-    threshold: float | None
-    keywords: dict[str, Any]
+    Args:
+        model: In eval mode; left as it is. Its certificate, if any, goes into the results.
+        tokenizer: Of the model.
+        examples: Distinct inputs with references.
+        grid: What is evaluated.
+        generation: Keywords of `generate` besides the exits, over the model's generation_config.
+        max_source_tokens: Longer inputs are cut; None: never.
+        path: A journal: a run that was cut off goes on from it, cell by cell.
+        data_name: For the results.
+
+    Returns:
+        Plain values: `quality` by key, `cells`, `reliability`, `examples`, `certificate`, and what was asked.
+
+    Raises:
+        ValueError: Something is not legal, or an input has no reference. All before anything is generated.
+    """
+    evaluation = _Evaluation(
+        model, tokenizer, examples, grid or Grid(), generation, max_source_tokens, path, data_name
+    )
+    with one_thread():
+        return evaluation.run()
+
+
+class _Evaluation:
+    """One evaluation: what was asked, checked; then its stages."""
+
+    def __init__(self, model, tokenizer, examples, grid: Grid, generation, max_source_tokens, path, data_name: str):
+        _refuse_without_references(examples)
+        self.certificate = model.exit_certificate
+        self.model, self.examples, self.grid = uncertified(model), list(examples), grid
+        self.candidates = grid.candidates(model)
+        self.asked = {
+            "data": data_name,
+            "weights": weights_fingerprint(model),
+            "inputs": data_fingerprint(examples),
+            "max_new_tokens": (generation or {}).get("max_new_tokens", model.generation_config.max_new_tokens),
+            "max_source_tokens": max_source_tokens,
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "rounds": grid.rounds,
+        }
+        self.options = {"generation": dict(generation or {}), "max_source_tokens": max_source_tokens}
+        self.options["journal"] = self.journal = Journal(path, self.asked)
+        self.tokenizer, self.stocks = tokenizer, {None: stock_of(self.model)}
+        self.writer = self._writer(grid.writing_batch_size)
+
+    def run(self) -> dict[str, Any]:
+        """All stages."""
+        full = self.writer.write(self.examples, full_depth(), "all").texts
+        quality, cells = {}, []
+        for cell in tqdm(self.grid.cells(self.candidates), desc="cells", unit="cell"):
+            if cell.quality not in quality:
+                quality[cell.quality] = self._quality(cell, full)
+            cells.append(self._timed(cell))
+        shown = best(quality, cells, self.grid) or cells[-1]
+        return {
+            "format": FORMAT,
+            "asked": {**self.asked, **self._of_grid()},
+            "environment": environment(),
+            "commit": commit(),
+            "started": date.today().isoformat(),
+            "num_layers": self.model.config.num_decoder_layers,
+            "inputs": self._inputs(full),
+            "quality": quality,
+            "cells": cells,
+            "reliability": self._reliability(full),
+            "examples": self._examples(quality[shown["quality"]], full),
+            "certificate": self.certificate and asdict(self.certificate),
+        }
+
+    def _writer(self, size: int) -> Writer:
+        return Writer(self.model, self.tokenizer, batch_size=size, **self.options)
+
+    def _of_grid(self) -> dict[str, Any]:
+        names = ("batch_sizes", "batch_rules", "points")
+        return {"model": Path(self.model.name_or_path).name, **{name: getattr(self.grid, name) for name in names}}
+
+    def _inputs(self, full: Sequence[Text]) -> dict[str, Any]:
+        masks = [row for batch in self.writer.batches(self.examples) for row in batch["attention_mask"]]
+        lengths = [int(mask.sum()) for mask in masks]
+        return {
+            "count": len(full),
+            "source_tokens": lengths,
+            "full_depth_tokens": [len(text.tokens) for text in full],
+        }
+
+    # --- quality ----------------------------------------------------------------------------------------------------
+
+    def _quality(self, cell: Cell, full: Sequence[Text]) -> dict[str, Any]:
+        writer = self._writer(cell.size) if cell.waits else self.writer
+        candidate = Candidate(cell.candidate.curve, cell.candidate.threshold, cell.keywords)
+        part = f"{cell.rule} of {cell.size}" if cell.waits else "all"
+        writing = writer.write(self.examples, candidate, part)
+        place = {"batch_exit": cell.rule, "batch_size": cell.size if cell.waits else None}
+        return {
+            **asdict(candidate),
+            "name": candidate.name,
+            **place,
+            **judge(writing, full, self.examples, self._depth),
+        }
 
     @property
-    def name(self) -> str:
-        return self.curve if self.threshold is None else f"{self.curve} {self.threshold:g}"
+    def _depth(self) -> int:
+        return self.model.config.num_decoder_layers
+
+    # --- time -------------------------------------------------------------------------------------------------------
+
+    def _timed(self, cell: Cell) -> dict[str, Any]:
+        if cell.key not in self.journal:
+            self.journal.add(cell.key, {"load": load(), "time": self._time(cell)})
+        one = cell.candidate
+        place = {"name": one.name, "curve": one.curve, "threshold": one.threshold}
+        return {
+            "quality": cell.quality,
+            **place,
+            "batch_exit": cell.rule,
+            "batch_size": cell.size,
+            **self.journal[cell.key],
+        }
+
+    def _time(self, cell: Cell) -> dict[str, Any]:
+        model, keywords = self.model, cell.keywords
+        if cell.candidate.curve == STATIC:
+            model, keywords = self._stock(cell.candidate.threshold), {}
+        batches = cycle(self.writer.batches(self.examples[: cell.size * self.grid.rounds], cell.size))
+        return time_beside_stock(model, keywords, self._stock(None), batches, self.grid.rounds)
+
+    def _stock(self, layers: int | None) -> PreTrainedModel:
+        if layers not in self.stocks:
+            self.stocks[layers] = stock_of(self.model, layers)
+        return self.stocks[layers]
+
+    # --- what is shown ----------------------------------------------------------------------------------------------
+
+    def _reliability(self, full: Sequence[Text]) -> dict[str, Any]:
+        criteria = list(dict.fromkeys(one.keywords["exit_criterion"] for one in self.candidates if is_on_a_curve(one)))
+        key = f"reliability | {', '.join(criteria)}"
+        if key not in self.journal:
+            self.journal.add(key, reliability(self.writer, self.examples, full, criteria))
+        return self.journal[key]
+
+    def _examples(self, shown: Mapping[str, Any], full: Sequence[Text]) -> list[dict[str, Any]]:
+        few = self.examples[:SHOWN]
+        return heat_map(self.writer, self._stock(None), few, full[:SHOWN], shown["name"], shown["keywords"])
 
 
-@dataclass(frozen=True)
-class Half:
-    """Inputs that are evaluated together, with what full depth writes for them."""
-
-    examples: list[Example]
-    full_depth: list[str]
-
-
-@dataclass(frozen=True)
-class Written:
-    """What a setting wrote: per input the text and the layers of its tokens; the work of all."""
-
-    texts: list[str]
-    layers_run: list[list[int]]
-    work: dict[str, list[int]]
+def _refuse_without_references(examples: Sequence[Example]) -> None:
+    if not examples:
+        raise ValueError("`examples` must have at least one input, got none.")
+    without = next((one.source for one in examples if not one.references), None)
+    if without is not None:
+        raise ValueError(f"The input {without[:80]!r} has no reference to be judged by: name their column.")
 
 
-class Bench:
-    """The model, stock beside it, and batches of inputs."""
-
-    def __init__(self, path: str, max_new_tokens: int | None, batch_size: int):
-        self.model = EarlyExitT5ForConditionalGeneration.from_pretrained(path, dtype=torch.float32).eval()
-        self.stock = T5ForConditionalGeneration.from_pretrained(path, dtype=torch.float32).eval()
-        self.tokenizer = AutoTokenizer.from_pretrained(path)
-        self.max_new_tokens = max_new_tokens or self.model.generation_config.max_new_tokens or 128
-        self.batch_size = batch_size
-        self.num_layers = self.model.config.num_decoder_layers
-
-    def batches(self, examples: Sequence[Example], size: int) -> Iterator[dict[str, Any]]:
-        """Padded batches of inputs in order, with what `generate` is told besides the exits."""
-        for start in range(0, len(examples), size):
-            texts = [example.source for example in examples[start : start + size]]
-            encoded = self.tokenizer(texts, return_tensors="pt", padding=True)
-            yield {**encoded, "max_new_tokens": self.max_new_tokens, "num_beams": 1, "do_sample": False}
-
-    def generate(self, examples: Sequence[Example], setting: Setting) -> Written:
-        """What the setting writes for all inputs, in their order."""
-        texts, layers_run, work = [], [], {}
-        with tqdm(total=len(examples), desc=setting.name, unit="input", leave=False) as progress:
-            for batch in self.batches(examples, self.batch_size):
-                output = self.model.generate(**batch, **setting.keywords, return_dict_in_generate=True)
-                texts += self.tokenizer.batch_decode(output.sequences, skip_special_tokens=True)
-                layers_run += [[depth for depth in row if depth] for row in output.layers_run.tolist()]
-                for name in WORK:
-                    work[name] = work.get(name, 0) + getattr(output, name)
-                progress.update(len(output.sequences))
-        return Written(texts, layers_run, {name: counts.tolist() for name, counts in work.items()})
-
-    def time_beside_stock(self, examples: Sequence[Example], setting: Setting, size: int, rounds: int) -> Times:
-        """Seconds of this setting and of stock, taking turns, a batch per round; the first batch warms up."""
-        times, order = Times(["stock", "ours"]), Random(0)
-        for number, batch in enumerate(islice(cycle(self.batches(examples[: size * rounds], size)), rounds)):
-            calls = {
-                "stock": partial(self.stock.generate, **batch),
-                "ours": partial(self.model.generate, **batch, **setting.keywords),
-            }
-            names = list(calls)
-            order.shuffle(names)
-            for name in names:
-                if number == 0:
-                    calls[name]()
-                times.run(name, calls[name])
-        return times
-
-
-def settings_of(curves: dict[str, Sequence[float]], exit_layers: Sequence[int]) -> list[Setting]:
-    """Full depth, always leaving at each layer, and every threshold of every curve."""
-    always = [Setting(ALWAYS, layer, {"exit_criterion": "fixed", "exit_layer": layer}) for layer in exit_layers]
-    settings = [Setting(FULL_DEPTH, None, {"early_exit": False}), *always]
-    for curve, thresholds in curves.items():
-        criterion, _, layers = curve.partition(":")
-        asked = {"exit_layers": [int(layer) for layer in layers.split(",")]} if layers else {}
-        settings += [
-            Setting(curve, threshold, {"exit_criterion": criterion, "exit_threshold": threshold, **asked})
-            for threshold in thresholds
-        ]
-    return settings
-
-
-def quality(half: Half, texts: Sequence[str], layers_run: Sequence[list[int]]) -> dict[str, float]:
-    """Means over the inputs of a half; BLEU is of the whole half. ROUGE, consistency and exact match are times 100."""
-    references = [list(example.references) for example in half.examples]
+def judge(writing: Writing, full: Sequence[Text], examples: Sequence[Example], num_layers: int) -> dict[str, Any]:
+    """The quality and the work of texts. Scores are times 100, with 95 % intervals over inputs; BLEU, which is no mean
+    over inputs, has none."""
+    texts, references = [one.text for one in writing.texts], [list(one.references) for one in examples]
     rouge = [rouge_scores(*pair) for pair in zip(texts, references)]
-    consistency = [textual_consistency(*pair) for pair in zip(texts, half.full_depth)]
-    scores = {name: 100 * fmean(score[name] for score in rouge) for name in ROUGE}
-    scores["bleu"] = Bleu().compute(predictions=list(texts), references=references)["bleu"]
-    scores["consistency"] = 100 * fmean(consistency)
-    scores["equal_texts"] = 100 * fmean(exact_match(*pair) for pair in zip(texts, half.full_depth))
-    depths = [depth for row in layers_run for depth in row]
-    return {**scores, "mean_layers": fmean(depths), "tokens": len(depths)}
+    each = {name: [100 * one[name] for one in rouge] for name in ROUGE}
+    each["consistency"] = [100 * textual_consistency(text, one.text) for text, one in zip(texts, full)]
+    each["equal_texts"] = [100 * exact_match(text, one.text) for text, one in zip(texts, full)]
+    layers = [fmean(one.layers_run) for one in writing.texts]
+    depths = [depth for one in writing.texts for depth in one.layers_run]
+    bleu = Bleu().compute(predictions=texts, references=references)["bleu"]
+    return {
+        "scores": {name: mean_interval(values) for name, values in each.items()}
+        | {"bleu": {"mean": bleu, "low": None, "high": None}},
+        "mean_layers": mean_interval(layers) | {"mean": fmean(depths)},
+        "tokens": len(depths),
+        "distribution": [depths.count(layer) / len(depths) for layer in range(1, num_layers + 1)],
+        "work": writing.work,
+        "per_input": {
+            "rougeL": each["rougeL"],
+            "consistency": each["consistency"],
+            "layers": layers,
+            "tokens": [len(one.layers_run) for one in writing.texts],
+        },
+    }
 
 
-def fingerprint(model: torch.nn.Module) -> str:
-    """SHA-256 of all weights, by name: models with the same one say the same."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+def time_beside_stock(model, keywords: Mapping[str, Any], stock, batches, rounds: int) -> dict[str, Any]:
+    """Seconds and latencies of a model and of stock, taking turns on each of some batches; the first one warms up."""
+    times, calls, order = Times(["ours", "stock"]), {"ours": [], "stock": []}, random.Random(0)
+    for number, batch in enumerate(islice(batches, rounds + 1)):
+        turn = {"ours": (model, keywords), "stock": (stock, {})}
+        names = list(turn)
+        order.shuffle(names)
+        for name in names:
+            which, options = turn[name]
+            call = partial(latency.timed_generate, which, batch, **options)
+            if number == 0:
+                call()
+            else:
+                calls[name].append(times.run(name, call))
+    ratio = {clock: times.ratio("ours", {"stock": 1.0}, clock) for clock in CLOCKS}
+    seconds = {name: {clock: spread(times.seconds[clock][name]) for clock in CLOCKS} for name in calls}
+    return {"ratio": ratio} | {
+        name: {"seconds": seconds[name], **latency.summarize(calls[name])} for name in ("ours", "stock")
+    }
 
 
-def distribution(layers_run: Sequence[list[int]], num_layers: int) -> list[float]:
-    """Share of the tokens that ran 1, 2, ... layers."""
-    depths = [depth for row in layers_run for depth in row]
-    return [depths.count(layer) / len(depths) for layer in range(1, num_layers + 1)]
-
-
-def evaluate(
-    bench: Bench, splits: dict[str, Half], setting: Setting, sizes: Sequence[int], rounds: int
-) -> dict[str, Any]:
-    """One cell, as plain values: quality on both halves, work, time beside stock in batches of these sizes."""
-    examples = [example for half in splits.values() for example in half.examples]
-    wrote = bench.generate(examples, setting)
-    cell: dict[str, Any] = {**asdict(setting), "name": setting.name, "work": wrote.work, "load": load()}
-    cell["distribution"] = distribution(wrote.layers_run, bench.num_layers)
-    start = 0
-    for name, half in splits.items():
-        here = slice(start, start := start + len(half.examples))
-        cell[name] = quality(half, wrote.texts[here], wrote.layers_run[here])
-    cell["time"] = {}
-    for size in sizes:
-        times = bench.time_beside_stock(examples, setting, size, rounds)
-        ratios = {clock: times.ratio("ours", {"stock": 1.0}, clock) for clock in CLOCKS}
-        stock = {f"stock_{clock}": spread(times.seconds[clock]["stock"]) for clock in CLOCKS}
-        cell["time"][str(size)] = {**ratios, **stock}
-    return cell
-
-
-def choose(cells: Sequence[dict[str, Any]], points: float, size: int) -> dict[str, Any] | None:
-    """The fastest cell with a threshold whose ROUGE-L on the select half is at most `points` below full depth's."""
-    full = next(cell for cell in cells if cell["name"] == FULL_DEPTH)["select"]["rougeL"]
+def best(quality: Mapping[str, Any], cells: Sequence[Mapping[str, Any]], grid: Grid) -> Mapping[str, Any] | None:
+    """The fastest cell of the smallest batch size that loses at most `points` of ROUGE-L."""
+    least = quality[FULL_DEPTH]["scores"]["rougeL"]["mean"] - grid.points
     good = [
         cell
         for cell in cells
-        if cell["curve"] not in (FULL_DEPTH, ALWAYS) and cell["select"]["rougeL"] >= full - points
+        if cell["curve"] not in (FULL_DEPTH, STATIC)
+        and cell["batch_size"] == min(grid.batch_sizes)
+        and quality[cell["quality"]]["scores"]["rougeL"]["mean"] >= least
     ]
-    return min(good, key=lambda cell: cell["time"][str(size)]["cpu"]["median"], default=None)
+    return min(good, key=lambda cell: cell["time"]["ratio"]["cpu"]["median"], default=None)
+
+
+def commit() -> str | None:
+    """Of the checkout that this package is in, if it is in one."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None

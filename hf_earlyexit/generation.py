@@ -22,6 +22,7 @@ from transformers.generation import (
 
 from hf_earlyexit import attention
 from hf_earlyexit.cache import EarlyExitCache
+from hf_earlyexit.certified import CertifiedMixin
 from hf_earlyexit.run import ExitRun, RecordingStoppingCriteria
 from hf_earlyexit.settings import ExitSettings
 
@@ -66,7 +67,7 @@ class EarlyExitGenerateBeamOutput(GenerateBeamEncoderDecoderOutput):
     head_rows: torch.LongTensor | None = None
 
 
-class EarlyExitGenerationMixin:
+class EarlyExitGenerationMixin(CertifiedMixin):
     """`generate` with exits, for a class that has `early_exit`, `exit_heads` and `decoder_adapter`."""
 
     def generate(
@@ -80,6 +81,7 @@ class EarlyExitGenerationMixin:
         exit_layers: Sequence[int] | None = None,
         batch_exit: str | None = None,
         fill: str | None = None,
+        strict_certificate: bool | None = None,
         **kwargs,
     ):
         """Generate as the library does, each token leaving the decoder as soon as the criterion is sure.
@@ -98,13 +100,15 @@ class EarlyExitGenerationMixin:
             batch_exit: `"row"`: every row leaves at its own layer. `"batch"`: all where the last row has passed.
                 `"batch_joint"`: all where all pass.
             fill: `"lazy"`: keys and values of skipped layers are projected when first needed. `"eager"`: at once.
+            strict_certificate: True: what the model's certificate does not cover is refused. Else it warns, once.
             args, kwargs: As for the library's `generate`.
 
         Returns:
             As the library; with `return_dict_in_generate=True` an `EarlyExitGenerateOutput`.
 
         Raises:
-            ValueError: A setting is not legal, or something else that was asked for does not go with early exit.
+            ValueError: A setting is not legal, something else that was asked for does not go with early exit, or the
+                certificate, where it is strict, does not cover the call.
         """
         given = {
             "early_exit": early_exit,
@@ -114,6 +118,7 @@ class EarlyExitGenerationMixin:
             "exit_layers": exit_layers,
             "batch_exit": batch_exit,
             "fill": fill,
+            "strict_certificate": strict_certificate,
         }
         given = {name: value for name, value in given.items() if value is not None}
         if exit_threshold is not _NOT_GIVEN:
@@ -126,6 +131,7 @@ class EarlyExitGenerationMixin:
             if settings.early_exit:
                 _refuse(problems)
             return super().generate(*args, **kwargs)
+        self._hold_to_certificate(settings, call)
         return super().generate(*args, exit_settings=settings, **kwargs)
 
     # --- hooks of the library's `generate`, in the order it calls them ----------------------------------------------

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import os
 from collections.abc import Callable
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForSeq2SeqLM, PreTrainedConfig, T5Config, T5ForConditionalGeneration
+from transformers import AutoConfig, AutoModelForSeq2SeqLM, PreTrainedConfig, T5ForConditionalGeneration
 from transformers.modeling_outputs import Seq2SeqLMOutput
 
 from hf_earlyexit import attention
@@ -19,7 +18,7 @@ from hf_earlyexit.generation import EarlyExitGenerationMixin
 from hf_earlyexit.heads import ExitHeads, initialize
 from hf_earlyexit.labelled import LabelledExits
 from hf_earlyexit.layers import T5Decoder, decode_step
-from hf_earlyexit.settings import ExitSettings
+from hf_earlyexit.stock import stock_of
 
 
 class EarlyExitT5ForConditionalGeneration(EarlyExitGenerationMixin, T5ForConditionalGeneration):
@@ -81,6 +80,7 @@ class EarlyExitT5ForConditionalGeneration(EarlyExitGenerationMixin, T5ForConditi
             ValueError: The checkpoint is of another family, or `early_exit` does not fit the decoder.
         """
         config, kwargs = early_exit_config(pretrained_model_name_or_path, config, kwargs)
+        as_stored = early_exit is None
         early_exit = EarlyExitConfig.from_dict(config.early_exit if early_exit is None else early_exit)
         config.early_exit = early_exit.for_layers(config.num_decoder_layers).to_dict()
         model, info = super().from_pretrained(
@@ -91,6 +91,7 @@ class EarlyExitT5ForConditionalGeneration(EarlyExitGenerationMixin, T5ForConditi
         if any(name.startswith("classifiers.") for name in missing):
             model.config.early_exit["classifier"]["trained"] = False
         model.generation_config._from_model_config = False
+        model._load_certificate(pretrained_model_name_or_path, as_stored and not missing, kwargs)
         return (model, info) if output_loading_info else model
 
     def save_stock(self, save_directory: str | os.PathLike) -> None:
@@ -98,19 +99,7 @@ class EarlyExitT5ForConditionalGeneration(EarlyExitGenerationMixin, T5ForConditi
 
         For whatever knows stock T5 only, such as CTranslate2's converter. The tokenizer is to be saved beside it.
         """
-        values = self.config.to_dict()
-        for name in ("model_type", "architectures", "transformers_version", "early_exit"):
-            values.pop(name, None)
-        config = T5Config(**values)
-        config.scale_decoder_outputs = self.config.scale_decoder_outputs
-        with torch.device("meta"):
-            stock = T5ForConditionalGeneration(config)
-        weights = {name: tensor for name, tensor in self.state_dict().items() if not name.startswith("exit_heads.")}
-        stock.load_state_dict(weights, assign=True)
-        stock.generation_config = copy.deepcopy(self.generation_config)
-        for name in ExitSettings.names():
-            stock.generation_config.__dict__.pop(name, None)
-        stock.save_pretrained(save_directory)
+        stock_of(self).save_pretrained(save_directory)
 
     def exit_head_input(self, layer: int, hidden: torch.Tensor) -> torch.Tensor:
         """What the LM head sees of `hidden [..., hidden]`, the output of block `layer`, when a token leaves there."""

@@ -17,6 +17,9 @@ from hf_earlyexit.config import EarlyExitConfig, check_exit_layers, is_integer, 
 from hf_earlyexit.policies import BATCH_RULES, CRITERIA, SCHEDULES, ExitCriterion
 
 
+CERTIFICATE = "exit_certificate"  # in a generation config: the name of the file with the certificate
+
+
 @dataclass(frozen=True)
 class ExitSettings:
     """The exit settings of one call; the fields are the keywords of `generate`.
@@ -31,6 +34,7 @@ class ExitSettings:
         exit_layers: Of the model's exit points, those that are asked; all of them if None.
         batch_exit: A name of `BATCH_RULES`.
         fill: `"lazy"` or `"eager"` (see `EarlyExitCache`).
+        strict_certificate: Whether a call that the model's certificate does not cover is refused.
     """
 
     early_exit: bool = False
@@ -41,6 +45,7 @@ class ExitSettings:
     exit_layers: Sequence[int] | None = None
     batch_exit: str = "row"
     fill: str = "lazy"
+    strict_certificate: bool = False
 
     @classmethod
     def names(cls) -> list[str]:
@@ -72,8 +77,9 @@ class ExitSettings:
         return settings
 
     def _check_values(self) -> None:
-        if not isinstance(self.early_exit, bool):
-            raise ValueError(f"`early_exit` must be True or False, got {self.early_exit!r}.")
+        for name in ("early_exit", "strict_certificate"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"`{name}` must be True or False, got {getattr(self, name)!r}.")
         _check_choice("exit_criterion", self.exit_criterion, CRITERIA, "confidence", "one with `confidence(point)`")
         self._check_schedule()
         _check_choice("batch_exit", self.batch_exit, BATCH_RULES)

@@ -32,12 +32,13 @@ class Times:
     def __init__(self, names: Sequence[str]):
         self.seconds: dict[str, dict[str, list[float]]] = {clock: {name: [] for name in names} for clock in CLOCKS}
 
-    def run(self, name: str, call: Callable[[], Any]) -> None:
-        """Time a call."""
+    def run(self, name: str, call: Callable[[], Any]) -> Any:
+        """Time a call; returns what it returns."""
         starts = [read() for read in CLOCKS.values()]
-        call()
+        result = call()
         for (clock, read), start in zip(CLOCKS.items(), starts):
             self.seconds[clock][name].append(read() - start)
+        return result
 
     def ratio(self, call: str, against: Mapping[str, float], clock: str) -> Spread:
         """The time of `call` over the weighted sum of those it is held against, round by round."""

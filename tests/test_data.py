@@ -6,8 +6,19 @@ import gzip
 import json
 
 import pytest
+from datasets import Dataset
 
-from hf_earlyexit.data import Example, column_pairs, group_by_input, halves, read_file, text_columns
+from hf_earlyexit.data import (
+    Example,
+    column_pairs,
+    data_fingerprint,
+    group_by_input,
+    read_examples,
+    read_file,
+    short_hash,
+    split_by_unit,
+    text_columns,
+)
 
 
 ROWS = [{"mr": "a", "ref": "one"}, {"mr": "b, c", "ref": "two"}, {"mr": "a", "ref": "three"}]
@@ -44,14 +55,113 @@ def test_columns():
         text_columns(["q", "a"], source="q")
 
 
-def test_halves_do_not_depend_on_the_order_and_share_nothing():
-    examples = [Example(f"input {number}", ()) for number in range(101)]
-    select, report = halves(examples)
-    assert (len(select), len(report)) == (50, 51) and not set(select) & set(report)
-    assert set(select) | set(report) == set(examples)
-    assert halves(examples[::-1]) == (select, report)
-    assert select != examples[:50], "not just the first ones"
-    assert {one.source for one in select} != set(sorted(one.source for one in examples)[:50]), "nor the first by name"
+SHARES = {"select": 0.2, "calibrate": 0.4, "report": 0.4}
+
+
+def grouped(count: int = 303, per_group: int = 3) -> list[Example]:
+    return [Example(f"input {number}", (), f"group {number // per_group}") for number in range(count)]
+
+
+def test_parts_have_their_shares_of_the_units_and_share_none():
+    examples = grouped()
+    parts = split_by_unit(examples, SHARES)
+    assert list(parts) == list(SHARES)
+    assert {name: len(part) for name, part in parts.items()} == {"select": 60, "calibrate": 120, "report": 123}
+    units = {name: {one.unit for one in part} for name, part in parts.items()}
+    assert [len(one) for one in units.values()] == [20, 40, 41] and len(set.union(*units.values())) == 101
+    assert {one for part in parts.values() for one in part} == set(examples)
+
+
+def test_parts_do_not_depend_on_the_order_and_are_drawn():
+    examples = grouped()
+    parts = split_by_unit(examples, SHARES)
+    assert split_by_unit(examples[::-1], SHARES) == parts
+    numbers = [int(one.unit.split()[1]) for one in parts["select"]]
+    assert min(numbers) < 20 and max(numbers) > 80 and numbers != sorted(numbers)
+    rest = split_by_unit([one for one in examples if one.unit != parts["report"][-1].unit], SHARES)
+    assert rest["select"] == parts["select"], "where one unit more hardly changes what is drawn"
+    assert parts["select"][0].unit == parts["select"][2].unit, "a unit's inputs stand together"
+
+
+def test_shares_need_not_be_everything_and_rounding_loses_no_unit():
+    examples = [Example(f"input {number}") for number in range(10)]
+    assert [len(part) for part in split_by_unit(examples, {"a": 0.5, "b": 0.25}).values()] == [5, 2]
+    assert [len(part) for part in split_by_unit(examples, {"a": 0.7, "b": 0.2, "c": 0.1}).values()] == [7, 2, 1]
+    assert split_by_unit(examples, {"a": 0.0, "b": 1.0})["a"] == []
+    assert split_by_unit([], {"a": 1.0}) == {"a": []}
+
+
+def rows(*cells: tuple, columns: str = "mr ref group") -> Dataset:
+    return Dataset.from_list([dict(zip(columns.split(), row)) for row in cells])
+
+
+def test_rows_of_a_group_with_the_same_input_are_one_input():
+    """A group of several inputs is a unit, a group of one is none: the input is."""
+    dataset = rows(("a", "one", 1), ("b", "two", 2), ("a", "three", 1), ("c", "four", 2), ("a", "one", 1))
+    examples = read_examples(dataset, "mr", "ref", prefix="say: ", group_by="group")
+    assert examples == [
+        Example("say: a", ("one", "three", "one")),
+        Example("say: b", ("two",), "2"),
+        Example("say: c", ("four",), "2"),
+    ]
+    assert [one.unit for one in examples] == ["say: a", "2", "2"]
+    by_input = read_examples(dataset, "mr", "ref", group_by="mr")
+    assert by_input == [Example("a", ("one", "three", "one")), Example("b", ("two",)), Example("c", ("four",))]
+
+
+def test_inputs_without_references_and_without_groups():
+    dataset = rows(("a", None, 1), ("b", "two", 1))
+    assert read_examples(dataset, "mr") == [Example("a"), Example("b")]
+    assert read_examples(dataset.select([1]), "mr", "ref", prefix="> ") == [Example("> b", ("two",))]
+    assert read_examples(dataset.select([]), "mr") == []
+
+
+def test_repeated_inputs_need_to_be_grouped():
+    dataset = rows(
+        ("a", "one", 1), ("b" * 100, "two", 2), ("b" * 100, "three", 3), ("b" * 100, "four", 2), ("a", "x", 1)
+    )
+    with pytest.raises(ValueError, match=r"3 of 5 rows repeat an input \('b{80}' stands in 3\).*`group_by=`"):
+        read_examples(dataset, "mr", "ref")
+    with pytest.raises(ValueError, match="The input 'b{80}' stands in two groups of `group_by='group'`, '2' and '3'"):
+        read_examples(dataset, "mr", "ref", group_by="group")
+
+
+@pytest.mark.parametrize("nothing", (None, ""))
+def test_a_row_without_a_group_is_refused(nothing):
+    """Rows that lack it would be one large group, or none."""
+    dataset = rows(("a", "one", "x"), ("b", "two", nothing), ("c", "three", nothing))
+    with pytest.raises(ValueError, match="Row 1 has no value in column 'group'"):
+        read_examples(dataset, "mr", "ref", group_by="group")
+
+
+@pytest.mark.parametrize("asked", (("x", "ref", "group"), ("mr", "x", "group"), ("mr", "ref", "x")))
+def test_columns_that_are_not_there_are_named(asked):
+    source, target, group_by = asked
+    with pytest.raises(ValueError, match=r"There is no column 'x'; there are \['mr', 'ref', 'group'\]"):
+        read_examples(rows(("a", "one", 1)), source, target, group_by=group_by)
+
+
+def test_hashes_tell_inputs_apart():
+    examples = [Example("abc", ("one",)), Example("abd"), Example("abc", (), "group")]
+    first, second, third = map(short_hash, examples)
+    assert first == third == "ba7816bf8f01cfea", "the beginning of SHA-256, of the input alone"
+    assert second != first and len(second) == 16
+
+
+def test_fingerprints_of_data():
+    examples = [Example("a", ("one", "two")), Example("b", ("three",), "x"), Example("c", (), "x")]
+    found = data_fingerprint(examples)
+    assert len(found) == 64 and data_fingerprint(examples[::-1]) == found
+    assert data_fingerprint([Example("a", ("two", "one")), *examples[1:]]) == found, "references in any order"
+    changed = (
+        examples[:2],
+        [*examples, examples[2]],
+        [Example("a ", ("one", "two")), *examples[1:]],
+        [Example("a", ("one",)), *examples[1:]],
+        [*examples[:2], Example("c", (), "y")],
+        [Example("a", ("three", "two")), Example("b", ("one",), "x"), examples[2]],
+    )
+    assert len({found, *map(data_fingerprint, changed)}) == 7
 
 
 def test_what_is_no_text_is_refused_by_row_and_column(tmp_path):

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer, T5ForConditionalGeneration
 
-from hf_earlyexit.default import CHECKPOINT, default_exits, default_inputs, load_default
+from hf_earlyexit.default import CHECKPOINT, PREFIX, default_examples, default_exits, default_inputs, load_default
 from tests import laws, tiny
 from tests.watching import Recording, Scripted, pseudo_random_script
 
@@ -159,3 +159,14 @@ def test_the_shipped_model_is_what_its_card_says():
     )
     text = tokenizer.batch_decode(model.generate(**inputs, max_new_tokens=48), skip_special_tokens=True)[1]
     assert "Blue Spice" in text and "coffee shop" in text
+
+
+def test_the_inputs_that_ship_have_all_their_references():
+    examples = default_examples()
+    sources = [one.source for one in examples]
+    assert len(set(sources)) == len(sources) == 547 and sum(len(one.references) for one in examples) == 4672
+    assert all(one.references and one.unit == one.source and one.source.startswith(PREFIX) for one in examples)
+    assert {*default_inputs(), *INPUTS} <= set(sources)
+    first = examples[0]
+    assert "name[Alimentum]" in first.source and len(first.references) == 6
+    assert all("Alimentum" in reference for reference in first.references)

@@ -2,88 +2,223 @@
 
 from __future__ import annotations
 
-import csv
 import json
-import subprocess
-import sys
-from pathlib import Path
 from random import Random
 
 import pytest
 import torch
 from transformers import T5ForConditionalGeneration
 
-from hf_earlyexit.data import Example, halves
-from hf_earlyexit.default import CHECKPOINT, default_inputs, load_default
-from hf_earlyexit.evaluation import ALWAYS, FULL_DEPTH, Bench, Half, choose, distribution, quality, settings_of
+from hf_earlyexit import evaluation
+from hf_earlyexit.candidates import FULL_DEPTH, STATIC, Candidate, full_depth
+from hf_earlyexit.data import Example
+from hf_earlyexit.default import default_examples, load_default
+from hf_earlyexit.evaluation import best, evaluate_model, judge, time_beside_stock
+from hf_earlyexit.grid import Cell, Grid
+from hf_earlyexit.metrics import rouge_scores
+from hf_earlyexit.report import check_results
+from hf_earlyexit.stock import stock_of
 from hf_earlyexit.timing import Times, measure, spread
+from hf_earlyexit.writing import Text, Writing
 
 
-SCRIPT = Path(__file__).parent.parent / "scripts/evaluate_exits.py"
-TOKENS = 10
+pytest.importorskip("scipy.stats")
+DECODING = {"max_new_tokens": 8}
+GRID = Grid({"softmax:2,6": [0.6], "classifier": [0.5]}, batch_sizes=[1, 2], rounds=2, writing_batch_size=3)
 
 
 @pytest.fixture(scope="module")
-def bench() -> Bench:
-    return Bench(str(CHECKPOINT), TOKENS, batch_size=3)
+def shipped():
+    return load_default()
 
 
+@pytest.fixture(scope="module")
 def examples() -> list[Example]:
-    return [Example(text, ("A place to eat.", "A place.")) for text in default_inputs()]
+    return default_examples()[:5]
 
 
-def test_settings():
-    names = [one.name for one in settings_of({"softmax:2,4": [0.5, 0.9], "state": [0.9]}, [2, 4])]
-    assert names == [
-        FULL_DEPTH,
-        "always after layer 2",
-        "always after layer 4",
-        "softmax:2,4 0.5",
-        "softmax:2,4 0.9",
-        "state 0.9",
+@pytest.fixture(scope="module")
+def journal(tmp_path_factory):
+    return tmp_path_factory.mktemp("evaluation") / "journal"
+
+
+@pytest.fixture(scope="module")
+def found(shipped, examples, journal):
+    return evaluate_model(*shipped, examples, GRID, generation=DECODING, path=journal, data_name="some.csv")
+
+
+def direct(shipped, examples, **keywords):
+    model, tokenizer = shipped
+    batch = tokenizer([one.source for one in examples], return_tensors="pt", padding=True)
+    output = model.generate(**batch, **DECODING, **keywords, return_dict_in_generate=True)
+    return tokenizer.batch_decode(output.sequences, skip_special_tokens=True), output
+
+
+def test_all_cells_are_there(found):
+    places = [(cell["name"], cell["batch_exit"], cell["batch_size"]) for cell in found["cells"]]
+    static = [(f"{STATIC} {layer}", "row", size) for layer in range(1, 8) for size in (1, 2)]
+    curves = [
+        (name, *place)
+        for name in ("softmax:2,6 0.6", "classifier 0.5")
+        for place in (("row", 1), ("row", 2), ("batch", 2))
     ]
-    last = settings_of({"softmax:2,4": [0.5]}, [])[-1]
-    assert last.keywords == {"exit_criterion": "softmax", "exit_threshold": 0.5, "exit_layers": [2, 4]}
+    assert places == [(FULL_DEPTH, "row", 1), (FULL_DEPTH, "row", 2), *static, *curves]
+    assert {cell["quality"] for cell in found["cells"]} == set(found["quality"])
+    check_results(json.loads(json.dumps(found)))
 
 
-def test_what_is_written_is_what_a_direct_call_writes(bench):
-    model, tokenizer = load_default()
-    setting = settings_of({"softmax:2,6": [0.6]}, [])[-1]
-    found = bench.generate(examples(), setting)
-    batch = tokenizer(default_inputs(), return_tensors="pt", padding=True)
-    direct = model.generate(**batch, max_new_tokens=TOKENS, **setting.keywords, return_dict_in_generate=True)
-    assert found.texts == tokenizer.batch_decode(direct.sequences, skip_special_tokens=True)
-    assert found.layers_run == [[depth for depth in row if depth] for row in direct.layers_run.tolist()]
-    assert found.work["layer_rows"] == direct.layer_rows.tolist()
-    assert sum(map(len, found.layers_run)) == found.work["layer_rows"][0]
+def test_texts_and_work_are_those_of_direct_calls(shipped, examples, found):
+    keywords = {"exit_criterion": "softmax", "exit_threshold": 0.6, "exit_layers": [2, 6]}
+    quality = found["quality"]["softmax:2,6 0.6"]
+    texts, output = direct(shipped, examples, **keywords)
+    rouge = [100 * rouge_scores(text, one.references)["rougeL"] for text, one in zip(texts, examples)]
+    assert quality["per_input"]["rougeL"] == pytest.approx(rouge)
+    assert quality["scores"]["rougeL"]["mean"] == pytest.approx(sum(rouge) / 5)
+    assert quality["scores"]["rougeL"]["low"] < sum(rouge) / 5 < quality["scores"]["rougeL"]["high"]
+    assert quality["work"]["layer_rows"] == output.layer_rows.tolist()
+    assert quality["tokens"] == int((output.layers_run > 0).sum()) == quality["work"]["layer_rows"][0]
+    assert quality["mean_layers"]["mean"] == pytest.approx(
+        float(output.layers_run[output.layers_run > 0].float().mean())
+    )
+    assert quality["per_input"]["layers"][0] == pytest.approx(
+        float(output.layers_run[0][output.layers_run[0] > 0].float().mean())
+    )
+    assert sum(quality["distribution"]) == pytest.approx(1) and quality["batch_size"] is None
+
+
+def test_texts_of_waiting_rows_are_of_their_batch_size(shipped, examples, found):
+    """Five inputs in batches of two: the rows of a batch wait for each other, and the last one is alone."""
+    keywords = {"exit_criterion": "softmax", "exit_threshold": 0.6, "exit_layers": [2, 6], "batch_exit": "batch"}
+    quality = found["quality"]["softmax:2,6 0.6 | batch of 2"]
+    outputs = [direct(shipped, examples[start : start + 2], **keywords)[1] for start in (0, 2, 4)]
+    work = [sum(counts) for counts in zip(*(output.layer_rows.tolist() for output in outputs))]
+    assert quality["work"]["layer_rows"] == work != found["quality"]["softmax:2,6 0.6"]["work"]["layer_rows"]
+    assert quality["batch_size"] == 2 and quality["batch_exit"] == "batch"
+
+
+def test_a_static_decoder_writes_what_the_cut_stock_model_writes(shipped, examples, found):
+    model, tokenizer = shipped
+    batch = tokenizer([one.source for one in examples], return_tensors="pt", padding=True)
+    texts = tokenizer.batch_decode(stock_of(model, 4).generate(**batch, **DECODING), skip_special_tokens=True)
+    rouge = [100 * rouge_scores(text, one.references)["rougeL"] for text, one in zip(texts, examples)]
+    assert found["quality"][f"{STATIC} 4"]["per_input"]["rougeL"] == pytest.approx(rouge)
+    assert found["quality"][f"{STATIC} 4"]["work"]["layer_rows"][4:] == [0] * 4
+
+
+def test_baselines_and_what_is_shown(found):
+    full = found["quality"][FULL_DEPTH]
+    assert full["scores"]["consistency"]["mean"] == 100 and full["distribution"] == [0] * 7 + [1]
+    assert found["inputs"]["count"] == 5 and found["inputs"]["full_depth_tokens"] == full["per_input"]["tokens"]
+    assert set(found["reliability"]) == {"softmax", "classifier"} and len(found["reliability"]["softmax"]) == 7
+    shown = found["examples"][0]
+    assert len(shown["tokens"]) == len(shown["layers"]) == len(shown["confidences"]) > 0
+    assert len(found["examples"]) == 4 and found["certificate"] is None and found["format"] == 1
+
+
+def test_differing_places_are_those_of_stock(shipped, examples, found):
+    """Of the token behind the same text, not of the other text."""
+    model, tokenizer = shipped
+    shown = next(one for one in found["examples"] if one["differs"])
+    source = tokenizer(shown["input"], return_tensors="pt")
+    place = shown["differs"][0]
+    prompt = [0, *tokenizer.convert_tokens_to_ids(shown["tokens"][:place])]
+    with torch.no_grad():
+        logits = stock_of(model)(**source, decoder_input_ids=torch.tensor([prompt])).logits[0, -1]
+    assert tokenizer.convert_ids_to_tokens(int(logits.argmax())) != shown["tokens"][place]
+
+
+def test_times_are_of_pairs(found):
+    for cell in found["cells"]:
+        time = cell["time"]
+        assert time["ratio"]["cpu"]["median"] > 0 and len(cell["load"]) == 3
+        for which in ("ours", "stock"):
+            assert time[which]["tokens_per_second"] > 0
+            assert 0 < time[which]["encoder_ms"]["median"] < time[which]["first_token_ms"]["median"]
+
+
+def test_a_run_that_is_taken_up_does_nothing_twice(shipped, examples, found, journal, monkeypatch):
+    monkeypatch.setattr(evaluation, "time_beside_stock", lambda *args: pytest.fail("a cell was timed again"))
+    monkeypatch.setattr(evaluation, "reliability", lambda *args: pytest.fail("counted again"))
+    again = evaluate_model(*shipped, examples, GRID, generation=DECODING, path=journal, data_name="some.csv")
+    for part in ("quality", "cells", "reliability", "inputs"):
+        assert again[part] == found[part]
+    with pytest.raises(ValueError, match="entries of another run: rounds differ"):
+        evaluate_model(*shipped, examples, Grid(rounds=3), generation=DECODING, path=journal, data_name="some.csv")
+
+
+def test_pairs_take_turns_on_the_same_batches_and_the_first_warms_up(monkeypatch):
+    seen = []
+
+    def timed(model, batch, **keywords):
+        seen.append((model, batch["number"], keywords))
+        return batch["number"]
+
+    monkeypatch.setattr(evaluation.latency, "timed_generate", timed)
+    monkeypatch.setattr(evaluation.latency, "summarize", lambda calls: {"calls": calls})
+    batches = ({"number": number} for number in range(10))
+    found = time_beside_stock("ours", {"exit_layer": 2}, "stock", batches, rounds=4)
+    assert found["ours"]["calls"] == found["stock"]["calls"] == [1, 2, 3, 4]
+    assert sorted(number for _, number, _ in seen) == sorted([0, 1, 2, 3, 4] * 2)
+    assert {model: keywords for model, _, keywords in seen} == {"ours": {"exit_layer": 2}, "stock": {}}
+    assert {seen[place][0] for place in range(0, 10, 2)} == {"ours", "stock"}, "who is first differs"
+
+
+def test_static_decoders_are_timed_as_the_stock_class_cut(shipped, examples, monkeypatch):
+    seen = []
+
+    def time(model, keywords, stock, batches, rounds):
+        seen.append((type(model), model.config.num_decoder_layers, keywords, type(stock)))
+        return {"ratio": {"cpu": {"median": 1.0}}}
+
+    monkeypatch.setattr(evaluation, "time_beside_stock", time)
+    evaluate_model(*shipped, examples[:2], Grid({"state": [0.9]}, batch_sizes=[1], rounds=2), generation=DECODING)
+    stock = T5ForConditionalGeneration
+    assert seen[0] == (type(shipped[0]), 8, {"early_exit": False}, stock)
+    assert seen[1:8] == [(stock, layer, {}, stock) for layer in range(1, 8)]
+    assert seen[8][0] is type(shipped[0]) and seen[8][2]["batch_exit"] == "row"
 
 
 def test_quality_by_hand():
-    half = Half([Example("x", ("a b c d", "e f")), Example("y", ("g h",))], full_depth=["e f", "g i"])
-    scores = quality(half, ["e f", "g h"], [[2, 8], [4, 4, 2]])
-    assert scores["rougeL"] == pytest.approx(100) and scores["mean_layers"] == 4 and scores["tokens"] == 5
-    assert scores["consistency"] == pytest.approx((100 + 50) / 2) and scores["equal_texts"] == 50
-    assert distribution([[2, 8], [4, 4, 2]], 8) == [0, 0.4, 0, 0.4, 0, 0, 0, 0.2]
+    examples = [Example("x", ("a b c d", "e f")), Example("y", ("g h",))]
+    full = [Text("e f", [1], [8]), Text("g i", [1], [8])]
+    writing = Writing([Text("e f", [1, 2], [2, 8]), Text("g h", [1, 2, 3], [4, 4, 2])], {"layer_rows": [5]})
+    found = judge(writing, full, examples, 8)
+    assert found["scores"]["rougeL"] == {"mean": 100, "low": 100, "high": 100}
+    assert found["scores"]["consistency"]["mean"] == pytest.approx((100 + 50) / 2)
+    assert found["scores"]["equal_texts"]["mean"] == 50 and found["tokens"] == 5
+    assert found["mean_layers"]["mean"] == 4 and found["per_input"]["layers"] == [5, pytest.approx(10 / 3)]
+    assert found["distribution"] == [0, 0.4, 0, 0.4, 0, 0, 0, 0.2] and found["work"] == {"layer_rows": [5]}
 
 
-def cell(name: str, curve: str, rouge: float, time: float) -> dict:
-    return {"name": name, "curve": curve, "select": {"rougeL": rouge}, "time": {"1": {"cpu": {"median": time}}}}
+def cell(name: str, curve: str, time: float, size: int = 1) -> dict:
+    return {"quality": name, "curve": curve, "batch_size": size, "time": {"ratio": {"cpu": {"median": time}}}}
 
 
-def test_the_fastest_of_those_that_lose_little_is_chosen():
+def test_the_best_is_the_fastest_of_those_that_lose_little():
+    scores = {FULL_DEPTH: 60.0, "a": 57.9, "b": 58.0, "c": 59.0, "s": 60.0}
+    quality = {name: {"scores": {"rougeL": {"mean": mean}}} for name, mean in scores.items()}
     cells = [
-        cell(FULL_DEPTH, FULL_DEPTH, 60, 1.0),
-        cell(f"{ALWAYS} 2", ALWAYS, 60, 0.2),
-        cell("softmax 0.1", "softmax", 57.9, 0.3),
-        cell("softmax 0.5", "softmax", 58.0, 0.5),
-        cell("state 0.9", "state", 59.0, 0.6),
+        cell(FULL_DEPTH, FULL_DEPTH, 1.0),
+        cell("s", STATIC, 0.2),
+        cell("a", "softmax", 0.3),
+        cell("b", "softmax", 0.5),
+        cell("c", "state", 0.6),
+        cell("b", "softmax", 0.1, size=8),
     ]
-    assert choose(cells, 2.0, 1)["name"] == "softmax 0.5"
-    assert choose(cells, 1.0, 1)["name"] == "state 0.9"
-    assert choose(cells, 0.5, 1) is None
+    found = [best(quality, cells, Grid(points=points)) for points in (2.0, 1.0, 0.5)]
+    assert [one and one["quality"] for one in found] == ["b", "c", None]
 
 
-def test_times_are_ratios_of_calls_that_took_turns(bench):
+def test_cells_that_write_the_same_share_their_texts():
+    one = Candidate("state", 0.9, {"exit_criterion": "state", "exit_threshold": 0.9})
+    assert Cell(one, "row", 1).quality == Cell(one, "row", 8).quality == Cell(one, "batch", 1).quality
+    assert Cell(one, "batch", 4).quality != Cell(one, "batch", 8).quality != Cell(one, "row", 8).quality
+    assert Cell(one, "batch", 4).keywords["batch_exit"] == "batch" and Cell(full_depth(), "row", 4).keywords == {
+        "early_exit": False
+    }
+
+
+def test_times_are_ratios_of_calls_that_took_turns():
     assert spread([1.0, 2.0, 3.0, 4.0, 5.0]) == {"median": 3.0, "iqr": pytest.approx(2 / 3)}
     times = Times(["ours", "stock"])
     for name, seconds in {"ours": [1.0, 4.0, 9.0], "stock": [2.0, 4.0, 3.0]}.items():
@@ -96,67 +231,23 @@ def test_times_are_ratios_of_calls_that_took_turns(bench):
     assert all(len(found.seconds["cpu"][name]) == 3 for name in "ab")
 
 
-def test_time_is_beside_the_stock_class_warmed_up(bench, monkeypatch):
-    """Batches go round until there are enough."""
-    assert type(bench.stock) is T5ForConditionalGeneration
-    seen = {"stock": [], "ours": []}
-    for name, model in (("stock", bench.stock), ("ours", bench.model)):
-        record = lambda name=name, **call: seen[name].append((call["input_ids"].tolist(), "exit_layer" in call))  # noqa: E731
-        monkeypatch.setattr(model, "generate", record)
-    times = bench.time_beside_stock(examples()[:2], settings_of({}, [1])[-1], size=1, rounds=5)
-    assert len(times.seconds["wall"]["stock"]) == len(times.seconds["cpu"]["ours"]) == 5
-    first, second = (ids for ids, _ in seen["stock"][1:3])
-    assert first != second and [ids for ids, _ in seen["stock"]] == [first, first, second, first, second, first]
-    assert {exits for _, exits in seen["stock"]} == {False} and {exits for _, exits in seen["ours"]} == {True}
-    assert len(seen["ours"]) == 6
-
-
-def test_the_script_evaluates_what_is_missing_and_writes_it_all(tmp_path):
-    with open(tmp_path / "inputs.csv", "w", newline="") as file:
-        csv.writer(file).writerows([["mr", "ref"], *([text, "A place to eat."] for text in default_inputs()[:5])])
-    options = ["--file", "inputs.csv", "--output", "found.json", "--rounds", "2", "--timed-batch-sizes", "2"]
-    options += ["--max-new-tokens", str(TOKENS), "--distribution", "exits.json", "--points", "100"]
-
-    def run(*curves: str) -> subprocess.CompletedProcess:
-        command = [sys.executable, str(SCRIPT), *options, *curves]
-        return subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
-
-    for wrong, message in ((["softmx", "0.9"], "got 'softmx'"), (["classifier:9", "0.9"], "has [9]")):
-        ran = run("--curve", *wrong)
-        assert ran.returncode == 1 and message in ran.stderr and not (tmp_path / "found.json").exists()
-    assert run("--curve", "softmax", "0.9").returncode == 0
-    first = json.loads((tmp_path / "found.json").read_text())
-    ran = run("--curve", "softmax", "0.9", "--curve", "state", "0.98")
-    assert ran.returncode == 0, ran.stderr[-2000:]
-    summary, text = json.loads(ran.stdout.splitlines()[-1]), ran.stdout
-    mixed = run("--curve", "softmax", "0.9", "--max-inputs", "4")
-    assert mixed.returncode == 1 and "found.json has cells of another run" in mixed.stderr
-    found = json.loads((tmp_path / "found.json").read_text())
-    assert found["cells"][: len(first["cells"])] == first["cells"], "what was there is not run again"
-    names = [one["name"] for one in found["cells"]]
-    assert names == [FULL_DEPTH, *(f"{ALWAYS} {layer}" for layer in range(1, 8)), "softmax 0.9", "state 0.98"]
-    assert summary["chosen"] in ("softmax 0.9", "state 0.98") and "| state 0.98 |" in text
-    assert found["inputs"] == {"select": 2, "report": 3}
-    full = found["cells"][0]
-    assert full["report"]["mean_layers"] == 8 and full["report"]["consistency"] == 100
-    assert full["distribution"] == [0] * 7 + [1] and full["time"]["2"]["cpu"]["median"] > 0
-    exits = json.loads((tmp_path / "exits.json").read_text())
-    report = halves([Example(text, ()) for text in default_inputs()[:5]])[1]
-    model, tokenizer = load_default()
-    batch = tokenizer([one.source for one in report], return_tensors="pt", padding=True)
-    output = model.generate(**batch, max_new_tokens=TOKENS, **exits["setting"], return_dict_in_generate=True)
-    assert exits["layers_run"] == [[depth for depth in row if depth] for row in output.layers_run.tolist()]
-    assert sum(exits["distribution"]) == pytest.approx(1) and torch.is_tensor(output.sequences)
-
-
-def test_the_curve_is_drawn(tmp_path):
-    pytest.importorskip("matplotlib")
-    sys.path.insert(0, str(SCRIPT.parent))
-    from evaluate_exits import plot
-
-    def one(name: str, curve: str, layers: float) -> dict:
-        time = {"1": {"cpu": {"median": layers / 8}}}
-        return {"name": name, "curve": curve, "report": {"rougeL": 50.0, "mean_layers": layers}, "time": time}
-
-    plot([one(FULL_DEPTH, FULL_DEPTH, 8), one("state 0.9", "state", 3)], [1], str(tmp_path / "curve.png"), "a test")
-    assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"rounds": 1}, "`rounds`.*at least 2, got 1"),
+        ({"batch_sizes": []}, "`batch_sizes`"),
+        ({"batch_sizes": [0]}, r"`batch_sizes` must be numbers of at least 1, got \[0\]"),
+        ({"batch_rules": []}, "`batch_rules`"),
+        ({"batch_rules": ["rows"]}, "`batch_exit` must be one of"),
+        ({"curves": {"softmx": [0.5]}}, "got 'softmx'"),
+        ({"curves": {"softmax:9": [0.5]}}, "no exit points"),
+    ],
+)
+def test_what_cannot_be_evaluated_is_refused_before_any_work(shipped, examples, arguments, message, monkeypatch):
+    monkeypatch.setattr(type(shipped[0]), "generate", lambda *args, **kwargs: pytest.fail("something was generated"))
+    with pytest.raises(ValueError, match=message):
+        evaluate_model(*shipped, examples, Grid(**arguments))
+    with pytest.raises(ValueError, match="has no reference to be judged by"):
+        evaluate_model(*shipped, [Example("describe: name[x]")])
+    with pytest.raises(ValueError, match="at least one input"):
+        evaluate_model(*shipped, [])

@@ -1,0 +1,219 @@
+"""Answers for a promise about quality on disk: what was shown, of which setting, and what a call may not change.
+
+A certificate is a JSON file beside a checkpoint, named in its `generation_config`. It knows nothing of how a promise
+is come by, which is `model_calibration.py`, nor of how `generate` works.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import asdict, dataclass, fields
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from transformers import GenerationConfig
+
+from hf_earlyexit.data import Example, short_hash
+from hf_earlyexit.settings import CERTIFICATE, ExitSettings
+
+
+FILE = "exit_certificate.json"
+FORMAT = 1
+PACKAGES = ("transformers", "torch")
+# What in a generation config leaves the texts alone: what is returned, how the cache lies in memory, padding. Exit
+# settings are compared by themselves, and assistants are refused with early exit.
+NEUTRAL = {"use_cache", "return_dict_in_generate", "pad_token_id", "transformers_version", "target_lookbehind"}
+EXIT_CONDITIONS = ("exit_criterion", "exit_threshold", "exit_schedule", "batch_exit")
+NEUTRAL_PREFIXES = ("_", "output_", "assistant_", "num_assistant_")
+
+
+class CertificateWarning(UserWarning):
+    """A call is outside of what its model's certificate is about, so that the promise does not hold for it."""
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """What is promised, and of what.
+
+    Attributes:
+        certified: Whether the setting was shown to keep the target. If not, it is full depth, which loses nothing.
+        reason: Why it is full depth; empty if it is not.
+        name: Of the setting, in tables.
+        setting: Exit keywords of `generate`.
+        loss: `name`, `description`, `against` ("references" or "full depth"), `lower` and `upper`.
+        target: What the risk, the mean loss over inputs to come, is at most.
+        delta: The probability, over the draw of the calibration inputs, that this fails; None for `"crc"`, whose risk
+            is a mean over that draw, too.
+        method: `"ltt"`, `"ucb"` or `"crc"`.
+        bound: Of the method; None for `"crc"`.
+        n: Units that the promise rests on.
+        unit: "input", or what else a loss is one of: "group of inputs", "batch of 8 inputs".
+        risk: Of the setting on these: `mean`, `upper_bound`, `p_value`, `cost`; None if nothing is certified.
+        cost: What the cheapest setting was chosen by: `name` and `unit`.
+        table: Every setting that was tested, from conservative to eager by curve: `name`, `curve`, `threshold`,
+            `mean`, `upper_bound`, `p_value`, `cost`, `accepted`. Each with `delta` over the number of curves.
+        split: `counts` of inputs, and short `hashes` of each, by part: select, calibrate, report.
+        data: `name` and `fingerprint` of the inputs and references; `max_source_tokens`, where longer ones were cut.
+        weights: Their fingerprint.
+        generation: What a call must not change: exits, decoding, batch rule, dtype.
+        versions: Of this package and what it stands on.
+        created: The day, as in 2026-01-31.
+        report: The setting on inputs that nothing was chosen on: `n`, `mean`, `low`, `high`, `mean_layers`, `cost`.
+        format: Of the file.
+    """
+
+    certified: bool
+    reason: str
+    name: str
+    setting: dict[str, Any]
+    loss: dict[str, Any]
+    target: float
+    delta: float | None
+    method: str
+    bound: str | None
+    n: int
+    unit: str
+    risk: dict[str, Any] | None
+    cost: dict[str, str]
+    table: list[dict[str, Any]]
+    split: dict[str, Any]
+    data: dict[str, Any]
+    weights: str
+    generation: dict[str, Any]
+    versions: dict[str, str]
+    created: str
+    report: dict[str, Any] | None = None
+    format: int = FORMAT
+
+    @property
+    def decoding(self) -> dict[str, Any]:
+        """What `generation` says besides exits, in the words of a generation config."""
+        return {name: value for name, value in self.generation.items() if hasattr(GenerationConfig(), name)}
+
+    def unseen(self, examples: Iterable[Example]) -> list[Example]:
+        """Those that the setting was neither chosen nor tested on."""
+        known = {*self.split["hashes"]["select"], *self.split["hashes"]["calibrate"]}
+        return [example for example in examples if short_hash(example) not in known]
+
+    def save(self, folder: str | Path) -> Path:
+        """Write the file of the certificate into a folder."""
+        path = Path(folder) / FILE
+        path.write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
+        return path
+
+    @classmethod
+    def load(cls, path: str | Path) -> Certificate:
+        """Read a certificate's file.
+
+        Raises:
+            OSError: It cannot be read.
+            ValueError: It is no certificate, or one of a newer format.
+        """
+        try:
+            values = json.loads(Path(path).read_text(encoding="utf-8"))
+            found = values["format"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} is no certificate: a JSON object with a `format` is expected.") from error
+        if found != FORMAT:
+            raise ValueError(f"{path} has format {found!r}, known is {FORMAT}: install a newer hf_earlyexit.")
+        names = {one.name for one in fields(cls)}
+        if set(values) != names:
+            raise ValueError(f"{path} is no certificate: it differs in {sorted(set(values) ^ names)}.")
+        return cls(**values)
+
+    def in_words(self) -> str:
+        """What is promised and what is not, for people."""
+        if not self.certified:
+            return f"Nothing is promised of early exit: {self.reason}. The setting is full depth, which loses nothing."
+        loss = f"the mean {self.loss['description']} on inputs like these is at most {self.target:g} with {self.name}"
+        drawn = f"over the draw of {self.n} calibration {_plural(self.unit)}"
+        sure = (
+            f"With {1 - self.delta:.0%} confidence {drawn}"
+            if self.delta
+            else f"In expectation {drawn} and one to come"
+        )
+        found = f"On these it was {self.risk['mean']:.4g}, at {self.risk['cost']:.2f} {self.cost['unit']}."
+        return f"{sure}, {loss}. {found}{self._reported()}"
+
+    def _reported(self) -> str:
+        if self.report is None:
+            return ""
+        one = self.report
+        interval = f"(95 % interval {one['low']:.4g} to {one['high']:.4g})"
+        cost = f"with {one['mean_layers']:.2f} layers per token, at {one['cost']:.2f} {self.cost['unit']}"
+        return f" On {one['n']} others that nothing was chosen on it was {one['mean']:.4g} {interval}, {cost}."
+
+    def differences(self, conditions: Mapping[str, Any]) -> list[str]:
+        """What of a call is not as certified, each as "name: found, certified: value"; versions of packages too.
+
+        Args:
+            conditions: Of the call, as `call_conditions` gives them.
+        """
+        found, expected = plain({**conditions, **_short(versions())}), {**self.generation, **_short(self.versions)}
+        return [
+            f"{name}={found.get(name)!r} (certified: {expected.get(name)!r})"
+            for name in sorted({*found, *expected})
+            if found.get(name) != expected.get(name)
+        ]
+
+
+def _plural(unit: str) -> str:
+    """Of "input", "group of inputs", "batch of 8 inputs"."""
+    first, space, others = unit.partition(" ")
+    return f"{first}{'es' if first == 'batch' else 's'}{space}{others}"
+
+
+def call_conditions(
+    settings: ExitSettings, points: Collection[int], config: GenerationConfig, dtype: Any, rows: int | None
+) -> dict[str, Any]:
+    """What of a call decides what it writes, as plain values.
+
+    Args:
+        settings: The exit settings of the call.
+        points: The layers at which it asks.
+        config: The generation config as the library has prepared it for the call, with all defaults filled in.
+        dtype: Of the weights.
+        rows: Inputs at once. They matter only where rows wait for each other.
+    """
+    exits = {
+        name: getattr(settings, name) for name in ("exit_criterion", "exit_threshold", "exit_schedule", "batch_exit")
+    }
+    together = settings.batch_exit != "row"
+    exits |= {"exit_points": sorted(points), "batch_size": rows if together else None}
+    if settings.exit_criterion == "fixed":
+        exits["exit_threshold"] = None
+    return plain({**exits, **_decoding(config), "dtype": str(dtype).removeprefix("torch.")})
+
+
+def _decoding(config: GenerationConfig) -> dict[str, Any]:
+    """What a prepared generation config sets that changes texts and is not as everywhere."""
+    usual = config._get_default_generation_params()
+    values = {
+        name: value
+        for name, value in config.to_dict().items()
+        if value not in (None, usual.get(name))
+        and name not in {*NEUTRAL, *ExitSettings.names(), CERTIFICATE}
+        and not name.startswith(NEUTRAL_PREFIXES)
+    }
+    if values.get("max_new_tokens") is not None:
+        values.pop("max_length", None)  # which then does not count
+    return {"max_length": config.max_length, **values} if "max_new_tokens" not in values else values
+
+
+def plain(values: Mapping[str, Any]) -> dict[str, Any]:
+    """As JSON gives them back, so that what is found can be compared with what was stored; objects as their `repr`."""
+    return json.loads(json.dumps(dict(values), default=repr))
+
+
+def versions() -> dict[str, str]:
+    """Of this package and what its texts depend on."""
+    from hf_earlyexit import __version__
+
+    return {"hf_earlyexit": __version__, **{name: metadata.version(name) for name in PACKAGES}}
+
+
+def _short(of_packages: Mapping[str, str]) -> dict[str, str]:
+    """Major and minor versions: what is mended between them is not held against a certificate."""
+    return {f"{name} version": ".".join(number.split("+")[0].split(".")[:2]) for name, number in of_packages.items()}

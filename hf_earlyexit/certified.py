@@ -1,0 +1,171 @@
+"""Answers for the certificate of a model in memory: that it is saved and loaded with it, and that calls keep to it.
+
+What a certificate says and what it covers is `certificate.py`; how one is come by is `model_calibration.py`.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from transformers.utils import cached_file
+
+from hf_earlyexit.certificate import FILE, Certificate, CertificateWarning, call_conditions
+from hf_earlyexit.fingerprint import weights_fingerprint, weights_marks
+from hf_earlyexit.settings import CERTIFICATE, ExitSettings
+
+
+# Arguments of `generate` that change texts and are in no generation config.
+IN_NO_CONFIG = ("logits_processor", "stopping_criteria", "prefix_allowed_tokens_fn", "decoder_input_ids")
+INPUTS = ("inputs", "input_ids", "inputs_embeds")
+HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
+
+
+def uncertified(model: CertifiedMixin) -> Any:
+    """The model, sharing all weights, without certificate and stored exit settings; it is itself left as it is."""
+    bare = copy.copy(model)
+    bare.generation_config = copy.deepcopy(model.generation_config)
+    bare._forget_certificate()
+    return bare
+
+
+class CertifiedMixin:
+    """A certificate for a class with `generation_config`, `early_exit` and `decoder_adapter`.
+
+    Attributes:
+        exit_certificate: What is promised of the texts; None if nothing is.
+    """
+
+    exit_certificate: Certificate | None = None
+    _known_weights: tuple[Any, bool] | None = None  # marks of the certified ones, and whether they have been read
+
+    def certify(self, certificate: Certificate) -> None:
+        """Take over a certificate, and in `generation_config` what it is about: decoding, and exit settings in place
+        of all that are stored.
+
+        The weights must be the certified ones; `generate` and `save_pretrained` see to that.
+        """
+        self._forget_certificate()
+        for name, value in {**certificate.decoding, **certificate.setting}.items():
+            setattr(self.generation_config, name, value)
+        setattr(self.generation_config, CERTIFICATE, FILE)
+        self.exit_certificate = certificate
+
+    def _forget_certificate(self) -> None:
+        for name in (*ExitSettings.names(), CERTIFICATE):
+            self.generation_config.__dict__.pop(name, None)
+        self.exit_certificate = self._known_weights = None
+
+    # --- calls ------------------------------------------------------------------------------------------------------
+
+    def _hold_to_certificate(self, settings: ExitSettings, call: dict[str, Any]) -> None:
+        """Warn about what in a call of `generate` the certificate does not cover, or refuse it."""
+        if not settings.early_exit or (self.exit_certificate is None and not settings.strict_certificate):
+            return
+        problems = self._not_certified(settings, call)
+        if problems and settings.strict_certificate:
+            raise ValueError(
+                f"`strict_certificate=True`, and this call is not covered: {'; '.join(problems)}. Call `generate` as "
+                "certified, calibrate for what you need (`hf-earlyexit calibrate`), or pass `early_exit=False`."
+            )
+        if problems:
+            message = f"The certificate of this model promises nothing for this call: {'; '.join(problems)}."
+            warnings.warn(message, CertificateWarning, stacklevel=3)
+
+    def _not_certified(self, settings: ExitSettings, call: dict[str, Any]) -> list[str]:
+        certificate = self.exit_certificate
+        if certificate is None:
+            return ["the model has no certificate"]
+        if not certificate.certified:
+            return ["the certificate says that no setting but full depth keeps the target"]
+        problems = certificate.differences(self.conditions_of(settings, call))
+        if not self._has_certified_weights(read=settings.strict_certificate):
+            problems.append("the weights are not the certified ones")
+        return problems
+
+    def conditions_of(self, settings: ExitSettings, call: dict[str, Any]) -> dict[str, Any]:
+        """What of a call decides what it writes.
+
+        Args:
+            settings: Its exit settings.
+            call: Arguments of `generate` by name, its keywords under `kwargs` and by themselves.
+        """
+        config, _ = super()._prepare_generation_config(call.get("generation_config"), **call.get("kwargs", {}))
+        points = settings.exit_points(self.early_exit, self.decoder_adapter.shape(self).num_layers)
+        rows = next((len(call[name]) for name in INPUTS if call.get(name) is not None), None)
+        own = {name: call[name] for name in IN_NO_CONFIG if call.get(name) is not None}
+        return call_conditions(settings, points, config, self.dtype, rows) | own
+
+    def _has_certified_weights(self, read: bool) -> bool:
+        """Whether the weights are the certificate's. They are read if they may have changed since they were known to
+        be, and with `read` once in any case."""
+        marks = weights_marks(self)
+        known, is_read = self._known_weights or (None, False)
+        if marks == known and (is_read or not read):
+            return True
+        same = weights_fingerprint(self) == self.exit_certificate.weights
+        self._known_weights = (marks, True) if same else None
+        return same
+
+    # --- files ------------------------------------------------------------------------------------------------------
+
+    def save_pretrained(self, save_directory: str | os.PathLike, is_main_process: bool = True, **kwargs) -> None:
+        """As the library's; a certificate goes with it, unless the weights are no longer the certified ones."""
+        with self._certificate_if_it_holds():
+            super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
+            if is_main_process:
+                self._save_certificate(save_directory)
+
+    def _upload_modified_files(self, working_dir: str | os.PathLike, *args, **kwargs):
+        """`save_pretrained(push_to_hub=True)` uploads before it returns."""
+        self._save_certificate(working_dir)
+        return super()._upload_modified_files(working_dir, *args, **kwargs)
+
+    def _save_certificate(self, folder: str | os.PathLike) -> None:
+        if self.exit_certificate is not None:
+            self.exit_certificate.save(folder)
+
+    @contextmanager
+    def _certificate_if_it_holds(self) -> Iterator[None]:
+        """Without the certificate while the weights are others."""
+        certificate, reference = self.exit_certificate, getattr(self.generation_config, CERTIFICATE, None)
+        if certificate is None or self._has_certified_weights(read=True):
+            yield
+            return
+        warnings.warn(
+            "The weights are no longer those that the certificate is about, so it is not saved with them: calibrate "
+            "again (`hf-earlyexit calibrate`).",
+            CertificateWarning,
+            stacklevel=5,
+        )
+        self.exit_certificate = None
+        self.generation_config.__dict__.pop(CERTIFICATE, None)
+        try:
+            yield
+        finally:
+            self.exit_certificate = certificate
+            setattr(self.generation_config, CERTIFICATE, reference)
+
+    def _load_certificate(self, path: str | os.PathLike, as_stored: bool, hub: dict[str, Any]) -> None:
+        """Read the certificate that `generation_config` names, from where the model comes from.
+
+        Args:
+            path: A folder or a Hub id.
+            as_stored: Whether the weights are the file's, so that they are trusted to be the certified ones.
+            hub: Keywords of `from_pretrained`.
+        """
+        name = getattr(self.generation_config, CERTIFICATE, None)
+        if name is None:
+            return
+        options = {key: hub[key] for key in HUB_ARGUMENTS if key in hub}
+        file = cached_file(path, name, _raise_exceptions_for_missing_entries=False, **options)
+        if file is None:
+            message = f"The generation_config of {str(path)!r} names a certificate, {name}, which is not there."
+            warnings.warn(message, CertificateWarning, stacklevel=4)
+            return
+        self.exit_certificate = Certificate.load(file)
+        self._known_weights = (weights_marks(self), False) if as_stored else None

@@ -1,0 +1,144 @@
+"""Answers for what verbs of the command line share: exit settings, kinds of arguments, the model they name."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+EXIT_SETTINGS = (
+    "exit_criterion",
+    "exit_threshold",
+    "exit_layers",
+    "exit_layer",
+    "exit_schedule",
+    "batch_exit",
+    "fill",
+)
+
+
+@dataclass(frozen=True)
+class Verb:
+    """A verb of the command line.
+
+    Attributes:
+        name: As it is typed.
+        run: What it does; returns the exit code.
+        summary: In the list of verbs.
+        description: In its help, which ends in the example.
+        example: Starts with `example:`.
+        add_arguments: What it takes.
+    """
+
+    name: str
+    run: Callable[[argparse.Namespace], int]
+    summary: str
+    description: str
+    example: str
+    add_arguments: Callable[[argparse.ArgumentParser], None] = lambda parser: None
+
+    def add_to(self, verbs) -> None:
+        """Put its parser among those of other verbs."""
+        style = argparse.RawDescriptionHelpFormatter
+        texts = {"help": self.summary, "description": self.description, "epilog": self.example}
+        parser = verbs.add_parser(self.name, formatter_class=style, **texts)
+        parser.set_defaults(verb=self.run)
+        self.add_arguments(parser)
+
+
+def add_exit_settings(parser, criterion: str, threshold: str, layers: str) -> None:
+    """The exit settings of both verbs, with their defaults for the help."""
+    parser.add_argument(
+        "--exit-criterion",
+        "--criterion",
+        metavar="NAME",
+        help=f"softmax, max_prob, entropy, state, classifier or fixed ({criterion})",
+    )
+    parser.add_argument(
+        "--exit-threshold",
+        "--threshold",
+        type=float,
+        metavar="X",
+        help=f"confidence in [0, 1] from which a token leaves ({threshold})",
+    )
+    parser.add_argument(
+        "--exit-layers", type=positive, nargs="+", metavar="LAYER", help=f"exit points that are asked ({layers})"
+    )
+    parser.add_argument("--exit-layer", type=positive, metavar="LAYER", help="with fixed: the layer to leave at")
+    parser.add_argument("--batch-exit", metavar="RULE", help="row, batch or batch_joint (row)")
+    parser.add_argument("--fill", metavar="WHEN", help="keys and values of skipped layers: lazy or eager (lazy)")
+
+
+def positive(text: str) -> int:
+    """A whole number from 1 on."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 on")
+    return int(text)
+
+
+def schedule(text: str) -> str | dict[str, Any]:
+    """A schedule's name, or its JSON object: `{"name": "calm", "tau": 4}`."""
+    return json.loads(text) if text.startswith("{") else text
+
+
+def exit_settings(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The exit settings that were given, as keywords of `generate`."""
+    given = {name: getattr(arguments, name, None) for name in EXIT_SETTINGS}
+    if getattr(arguments, "no_early_exit", False):
+        given["early_exit"] = False
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def add_model_arguments(parser) -> None:
+    """Which model, where and in which dtype."""
+    parser.add_argument("--model", metavar="PATH_OR_ID", help="an early-exit or plain T5 (the shipped one)")
+    parser.add_argument("--device", default="cpu", help="as for torch: cpu, cuda, cuda:1 (cpu)")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="(float32)")
+
+
+def check_device(name: str) -> None:
+    """Refuse a device that cannot be used here."""
+    import torch
+
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {name} cannot be used: {str(error).splitlines()[0]}") from error
+
+
+def model_path(arguments: argparse.Namespace) -> str | Path:
+    """Where the model is: what was asked for, or the shipped one."""
+    from hf_earlyexit.default import CHECKPOINT
+
+    return arguments.model or CHECKPOINT
+
+
+def load(arguments: argparse.Namespace):
+    """The model, in eval mode, and its tokenizer."""
+    import torch
+    from transformers import AutoTokenizer
+
+    from hf_earlyexit.models import EarlyExitT5ForConditionalGeneration
+
+    path = model_path(arguments)
+    model = EarlyExitT5ForConditionalGeneration.from_pretrained(path, dtype=getattr(torch, arguments.dtype))
+    return model.to(arguments.device).eval(), AutoTokenizer.from_pretrained(path)
+
+
+def check_parent(flag: str, path: str) -> None:
+    """Refuse, before any work, a place to write to in a folder that is not there."""
+    folder = Path(path).absolute().parent
+    if not folder.is_dir():
+        raise ValueError(f"{flag} {path}: there is no folder {folder} to write to")
+
+
+def curves_of(given: list[list[str]] | None) -> dict[str, tuple[float, ...]] | None:
+    """`--curve` as thresholds by curve."""
+    try:
+        return {name: tuple(map(float, thresholds)) for name, *thresholds in given} if given else None
+    except ValueError as error:
+        raise ValueError(f"--curve takes a name and thresholds: {error}") from error

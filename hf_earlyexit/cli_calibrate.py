@@ -1,0 +1,230 @@
+"""Answers for the verbs about promises: `calibrate` makes a certificate, `verify-certificate` tries it anew."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from hf_earlyexit import terminal
+from hf_earlyexit.cli_arguments import (
+    Verb,
+    add_model_arguments,
+    check_device,
+    check_parent,
+    curves_of,
+    load,
+    model_path,
+    positive,
+    schedule,
+)
+from hf_earlyexit.cli_data import add_data_arguments, data_name, read_examples
+
+
+CALIBRATE = """\
+Find the fastest setting of a model whose quality loss on inputs to come is shown to be at most a target, and save the
+checkpoint with that setting and its certificate. Inputs are split in three: on the first part curves are chosen, on
+the second they are tested, on the third the result is reported. Where nothing is good enough it is full depth.
+"""
+CALIBRATE_EXAMPLE = """\
+example:
+  hf-earlyexit calibrate --loss rougeL_drop --target 0.02 --output-dir certified
+  hf-earlyexit calibrate --model my-exits --file validation.jsonl --source-column document --target-column summary \\
+      --group-by document --loss text_distance --target 0.2 --curve softmax:2,4 0.9 0.7 0.5 --output-dir certified
+"""
+VERIFY = """\
+Compute the risk of a certified setting anew, on inputs that its certificate has not seen; those that it was chosen or
+tested on are left out. The exit code is 1 if the promise is refuted for inputs like these.
+"""
+VERIFY_EXAMPLE = """\
+example:
+  hf-earlyexit verify-certificate --model certified --file new.csv --group-by mr --prefix "describe: "
+"""
+
+
+# --- calibrate ------------------------------------------------------------------------------------------------------
+
+
+def add_calibrate_arguments(parser: argparse.ArgumentParser) -> None:
+    """What `calibrate` takes."""
+    add_model_arguments(parser.add_argument_group("model"))
+    add_data_arguments(parser.add_argument_group("inputs"))
+    add_promise_arguments(parser.add_argument_group("promise"))
+    add_use_arguments(parser.add_argument_group("use, all of which the promise is about"))
+    add_search_arguments(parser.add_argument_group("search"))
+    files = parser.add_argument_group("files")
+    files.add_argument("--output-dir", required=True, metavar="FOLDER", help="checkpoint, setting and certificate")
+    files.add_argument("--journal", metavar="FILE", help="what is done so far, to go on from (FOLDER.journal)")
+    files.add_argument("--losses", metavar="FILE", help="CSV to write the losses of the calibrate part to")
+
+
+def add_promise_arguments(group) -> None:
+    group.add_argument("--target", type=float, required=True, metavar="X", help="the mean loss is at most this")
+    group.add_argument("--loss", default="text_distance", metavar="NAME", help="what is lost (text_distance)")
+    group.add_argument("--delta", type=float, default=0.1, metavar="X", help="probability that it fails (0.1)")
+    group.add_argument("--method", choices=("ltt", "ucb", "crc"), default="ltt", help="(ltt)")
+    group.add_argument("--bound", choices=("wsr", "hb", "clopper_pearson", "hoeffding"), default="wsr", help="(wsr)")
+
+
+def add_use_arguments(group) -> None:
+    group.add_argument("--batch-size", type=positive, default=1, metavar="N", help="inputs at once (1)")
+    group.add_argument("--batch-exit", metavar="RULE", help="row, batch or batch_joint (row)")
+    group.add_argument("--exit-schedule", type=schedule, metavar="NAME", help="constant, calm, calm_released, or JSON")
+    group.add_argument("--max-new-tokens", type=positive, metavar="N", help="tokens per text at most (the model's)")
+    group.add_argument("--num-beams", type=positive, metavar="N", help="beams; 1 is greedy (the model's)")
+    group.add_argument("--max-source-tokens", type=positive, metavar="N", help="longer inputs are cut (never)")
+
+
+def add_search_arguments(group) -> None:
+    group.add_argument(
+        "--curve",
+        nargs="+",
+        action="append",
+        metavar=("NAME", "THRESHOLD"),
+        help="a criterion, or softmax:2,4 to ask at some exits only, and thresholds; repeatable (the known criteria)",
+    )
+    group.add_argument("--order", choices=("pareto", "threshold"), default="pareto", help="of the tests (pareto)")
+    group.add_argument(
+        "--finalists", type=positive, default=1, metavar="N", help="with threshold: curves that are tested (1)"
+    )
+    group.add_argument("--cost", choices=("time", "layers"), default="time", help="what is to be low (time)")
+    group.add_argument("--rounds", type=positive, default=9, metavar="N", help="batches to time each setting on (9)")
+    group.add_argument(
+        "--shares", type=float, nargs=3, default=(0.2, 0.4, 0.4), metavar="X", help="of the three parts (0.2 0.4 0.4)"
+    )
+
+
+def calibrate(arguments: argparse.Namespace) -> int:
+    """The verb `calibrate`."""
+    check_parent("--output-dir", arguments.output_dir)
+    check_device(arguments.device)
+    from hf_earlyexit.model_calibration import Use, calibrate_model
+    from hf_earlyexit.promise import Promise
+    from hf_earlyexit.search import PARTS, Search
+
+    promise = Promise(arguments.target, arguments.loss, arguments.delta, arguments.method, arguments.bound)
+    use = Use(arguments.batch_size, exits_of(arguments), decoding_of(arguments), arguments.max_source_tokens)
+    search = Search(
+        curves_of(arguments.curve),
+        arguments.order,
+        arguments.finalists,
+        arguments.cost,
+        arguments.rounds,
+        dict(zip(PARTS, arguments.shares)),
+    )
+    examples = read_examples(arguments, unique=True)
+    model, tokenizer = load(arguments)
+    journal = arguments.journal or f"{arguments.output_dir.rstrip('/')}.journal"
+    found = calibrate_model(
+        model, tokenizer, examples, promise, use, search, path=journal, data_name=data_name(arguments)
+    )
+    save(model, tokenizer, found.certificate, arguments)
+    if arguments.losses:
+        found.tables["calibrate"].save(arguments.losses)
+    print(describe(found.certificate))
+    print(f"\nSaved: {arguments.output_dir} (the checkpoint, its setting and its certificate)")
+    return 0
+
+
+def exits_of(arguments: argparse.Namespace) -> dict[str, Any]:
+    given = {"batch_exit": arguments.batch_exit, "exit_schedule": arguments.exit_schedule}
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def decoding_of(arguments: argparse.Namespace) -> dict[str, Any]:
+    given = {name: getattr(arguments, name) for name in ("max_new_tokens", "num_beams")}
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def save(model, tokenizer, certificate, arguments: argparse.Namespace) -> None:
+    """The checkpoint with its certificate: the files as they are where it is one of ours on disk, else saved anew."""
+    model.certify(certificate)
+    source, folder = Path(model_path(arguments)), Path(arguments.output_dir)
+    if not is_early_exit_checkpoint(source):
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        return
+    if source.resolve() != folder.resolve():
+        shutil.copytree(source, folder, dirs_exist_ok=True)
+    model.generation_config.save_pretrained(folder)
+    certificate.save(folder)
+
+
+def is_early_exit_checkpoint(folder: Path) -> bool:
+    config = folder / "config.json"
+    return config.is_file() and json.loads(config.read_text(encoding="utf-8")).get("model_type") == "early_exit_t5"
+
+
+def describe(certificate) -> str:
+    """The table of what was tested, and what is promised."""
+    rows = [
+        (
+            row["name"],
+            f"{row['mean']:.4f}",
+            f"{row['upper_bound']:.4f}",
+            "-" if row["p_value"] is None else f"{row['p_value']:.3g}",
+            f"{row['cost']:.2f}",
+            "yes" if row["accepted"] else "no",
+        )
+        for row in certificate.table
+    ]
+    header = ("tested", "mean loss", "upper bound", "p-value", certificate.cost["unit"], "keeps the target")
+    return f"{terminal.table(header, rows)}\n\n{terminal.paragraph(certificate.in_words(), 110)}"
+
+
+# --- verify-certificate ---------------------------------------------------------------------------------------------
+
+
+def add_verify_arguments(parser: argparse.ArgumentParser) -> None:
+    """What `verify-certificate` takes."""
+    add_model_arguments(parser.add_argument_group("model"))
+    parser.add_argument("--batch-size", type=positive, default=16, metavar="N", help="inputs at once (16)")
+    parser.add_argument("--journal", metavar="FILE", help="what is done so far, to go on from (none is kept)")
+    add_data_arguments(parser.add_argument_group("inputs"))
+
+
+def verify(arguments: argparse.Namespace) -> int:
+    """The verb `verify-certificate`."""
+    check_device(arguments.device)
+    from hf_earlyexit.losses import LOSSES
+    from hf_earlyexit.verification import verify_certificate
+
+    examples = read_examples(arguments, unique=True)
+    model, tokenizer = load(arguments)
+    if model.exit_certificate is None:
+        raise ValueError(f"{model_path(arguments)} has no certificate: make one with `hf-earlyexit calibrate`")
+    loss = LOSSES.get(model.exit_certificate.loss["name"])
+    if loss is None:
+        name = model.exit_certificate.loss["name"]
+        raise ValueError(f"the loss {name!r} is your own: use `verify_certificate` in Python")
+    found = verify_certificate(
+        model, tokenizer, examples, loss, batch_size=arguments.batch_size, path=arguments.journal
+    )
+    for difference in found.differences:
+        print(f"not as certified: {difference}")
+    if found.left_out:
+        print(f"left out: {found.left_out} inputs that the certificate was chosen or tested on")
+    print(terminal.paragraph(found.in_words(), 110))
+    return int(found.refuted)
+
+
+VERBS = (
+    Verb(
+        "calibrate",
+        calibrate,
+        "choose a setting with a guarantee",
+        CALIBRATE,
+        CALIBRATE_EXAMPLE,
+        add_calibrate_arguments,
+    ),
+    Verb(
+        "verify-certificate",
+        verify,
+        "try a certificate on new inputs",
+        VERIFY,
+        VERIFY_EXAMPLE,
+        add_verify_arguments,
+    ),
+)

@@ -1,0 +1,66 @@
+"""Answers for the inputs of verbs that judge a model: which file and columns, or those of the shipped model."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hf_earlyexit.cli_arguments import positive
+
+
+if TYPE_CHECKING:
+    from hf_earlyexit.data import Example
+
+
+def add_data_arguments(parser) -> None:
+    """Where inputs and references come from."""
+    parser.add_argument(
+        "--file", metavar="FILE", help=".csv, .tsv, .jsonl or .parquet (the shipped model's validation)"
+    )
+    parser.add_argument("--source-column", metavar="NAME", help="column of the inputs (known names are found)")
+    parser.add_argument("--target-column", metavar="NAME", help="column of the references (known names are found)")
+    parser.add_argument("--group-by", metavar="NAME", help="column that says which rows belong together")
+    parser.add_argument("--prefix", default="", metavar="TEXT", help="put before each input, such as 'summarize: '")
+    parser.add_argument("--max-inputs", type=positive, metavar="N", help="distinct inputs at most (all)")
+
+
+def read_examples(arguments: argparse.Namespace, *, unique: bool) -> list[Example]:
+    """The distinct inputs that the arguments name.
+
+    Args:
+        unique: Whether rows that repeat an input are refused, unless `--group-by` says what belongs together. Else
+            they are one input with several references.
+
+    Raises:
+        ValueError: There is no such column, a model but no file, or an input is repeated.
+    """
+    from hf_earlyexit import data
+    from hf_earlyexit.default import default_examples
+
+    if arguments.file is None:
+        _refuse_without_file(arguments)
+        return default_examples()[: arguments.max_inputs]
+    rows = data.read_file(arguments.file)
+    source, target = data.text_columns(rows.column_names, arguments.source_column, arguments.target_column)
+    if unique or arguments.group_by is not None:
+        options = {"prefix": arguments.prefix, "group_by": arguments.group_by}
+        return data.read_examples(rows, source, target, **options)[: arguments.max_inputs]
+    pairs = data.column_pairs(rows, source, target, prefix=arguments.prefix)
+    return data.group_by_input(pairs)[: arguments.max_inputs]
+
+
+def _refuse_without_file(arguments: argparse.Namespace) -> None:
+    if arguments.model is not None:
+        raise ValueError("--model needs --file: the inputs that come with the package are for the shipped model")
+    for name in ("source_column", "target_column", "group_by", "prefix"):
+        if getattr(arguments, name):
+            raise ValueError(f"--{name.replace('_', '-')} goes with --file")
+
+
+def data_name(arguments: argparse.Namespace) -> str:
+    """The file's name, without where it lies."""
+
+    from hf_earlyexit.default import VALIDATION
+
+    return Path(arguments.file or VALIDATION).name

@@ -1,0 +1,164 @@
+"""Answers for the verbs that judge a checkpoint: `evaluate` measures, `report` shows."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hf_earlyexit import terminal
+from hf_earlyexit.cli_arguments import (
+    Verb,
+    add_model_arguments,
+    check_device,
+    check_parent,
+    curves_of,
+    load,
+    positive,
+)
+from hf_earlyexit.cli_data import add_data_arguments, data_name, read_examples
+
+
+if TYPE_CHECKING:
+    from hf_earlyexit.data import Example
+
+
+EVALUATE = """\
+Measure what a model's exits are worth: every threshold of some criteria, at several batch sizes and under both batch
+rules, beside stock Transformers at full depth and a stock decoder cut to each exit. Quality with intervals, agreement
+with full depth, layers, work, throughput, inter-token latency, encoder apart; each cell is timed beside stock on one
+thread and stores the ratio. A run that was cut off goes on. What all of it shows, `hf-earlyexit report` draws.
+"""
+EVALUATE_EXAMPLE = """\
+example:
+  hf-earlyexit evaluate --output results.json
+  hf-earlyexit evaluate --max-inputs 64 --curve softmax:2,4,6 0.9 0.5 --curve classifier 0.9 --batch-sizes 1 8 \\
+      --output results.json
+  hf-earlyexit evaluate --model my-exits --file validation.jsonl --prefix "summarize: " --output results.json
+"""
+REPORT = """\
+Draw the results of an evaluation as one HTML file that opens offline, and as PNGs for papers.
+"""
+REPORT_EXAMPLE = """\
+example:
+  hf-earlyexit report results.json
+  hf-earlyexit report results.json --html report.html --png figures
+"""
+
+
+# --- evaluate -------------------------------------------------------------------------------------------------------
+
+
+def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
+    """What `evaluate` takes."""
+    add_model_arguments(parser.add_argument_group("model"))
+    inputs = parser.add_argument_group("inputs")
+    add_data_arguments(inputs)
+    inputs.add_argument("--unseen", action="store_true", help="only what the model's certificate has not seen")
+    text = parser.add_argument_group("generation")
+    text.add_argument("--max-new-tokens", type=positive, metavar="N", help="tokens per text at most (the model's)")
+    text.add_argument("--max-source-tokens", type=positive, metavar="N", help="longer inputs are cut (never)")
+    grid = parser.add_argument_group("what is measured")
+    grid.add_argument(
+        "--curve",
+        nargs="+",
+        action="append",
+        metavar=("NAME", "THRESHOLD"),
+        help="a criterion, or softmax:2,4 to ask at some exits only, and thresholds; repeatable (the known criteria)",
+    )
+    grid.add_argument("--batch-sizes", type=positive, nargs="+", default=(1, 4, 8, 16), metavar="N", help="(1 4 8 16)")
+    grid.add_argument("--batch-rules", nargs="+", default=("row", "batch"), metavar="RULE", help="(row batch)")
+    grid.add_argument("--rounds", type=positive, default=31, metavar="N", help="batches to time each cell on (31)")
+    grid.add_argument("--points", type=float, default=2.0, metavar="X", help="of ROUGE-L that may be lost (2.0)")
+    files = parser.add_argument_group("files")
+    files.add_argument("--output", required=True, metavar="FILE", help="JSON to write")
+    files.add_argument("--journal", metavar="FILE", help="what is done so far, to go on from (FILE.journal)")
+
+
+def evaluate(arguments: argparse.Namespace) -> int:
+    """The verb `evaluate`."""
+    check_parent("--output", arguments.output)
+    check_device(arguments.device)
+    curves = curves_of(arguments.curve)
+    from hf_earlyexit.evaluation import evaluate_model
+    from hf_earlyexit.grid import Grid
+
+    grid = Grid(curves, arguments.batch_sizes, arguments.batch_rules, arguments.rounds, arguments.points)
+    examples = read_examples(arguments, unique=False)
+    model, tokenizer = load(arguments)
+    examples = unseen_of(model, examples) if arguments.unseen else examples
+    results = evaluate_model(
+        model,
+        tokenizer,
+        examples,
+        grid,
+        generation={"max_new_tokens": arguments.max_new_tokens} if arguments.max_new_tokens else {},
+        max_source_tokens=arguments.max_source_tokens,
+        path=arguments.journal or f"{arguments.output}.journal",
+        data_name=data_name(arguments),
+    )
+    Path(arguments.output).write_text(json.dumps(results) + "\n", encoding="utf-8")
+    print(table_of(results))
+    print(f"\nSee it: hf-earlyexit report {arguments.output}")
+    print(json.dumps({"output": arguments.output, "cells": len(results["cells"]), "inputs": len(examples)}))
+    return 0
+
+
+def unseen_of(model, examples: Sequence[Example]) -> list[Example]:
+    """The inputs that the model's certificate was neither chosen nor tested on."""
+    if model.exit_certificate is None:
+        raise ValueError("--unseen needs a model with a certificate: make one with `hf-earlyexit calibrate`")
+    found = model.exit_certificate.unseen(examples)
+    if not found:
+        raise ValueError("--unseen: the model's certificate has seen all of these inputs")
+    return found
+
+
+def table_of(results: Mapping[str, Any]) -> str:
+    """A line for each cell."""
+    header = ("", "rule", "batch", "layers", "ROUGE-L", "as full depth", "time", "tokens/s", "ms/token")
+    return terminal.table(header, [_line(cell, results["quality"][cell["quality"]]) for cell in results["cells"]])
+
+
+def _line(cell: Mapping[str, Any], quality: Mapping[str, Any]) -> tuple[str, ...]:
+    time, scores = cell["time"], quality["scores"]
+    return (
+        cell["name"],
+        cell["batch_exit"],
+        f"{cell['batch_size']}",
+        f"{quality['mean_layers']['mean']:.2f}",
+        f"{scores['rougeL']['mean']:.1f}",
+        f"{scores['consistency']['mean']:.1f}",
+        f"{time['ratio']['cpu']['median']:.2f}x",
+        f"{time['ours']['tokens_per_second']:.0f}",
+        f"{time['ours']['inter_token_ms']['median']:.1f}",
+    )
+
+
+# --- report ---------------------------------------------------------------------------------------------------------
+
+
+def add_report_arguments(parser: argparse.ArgumentParser) -> None:
+    """What `report` takes."""
+    parser.add_argument("results", metavar="RESULTS", help="what `hf-earlyexit evaluate` wrote")
+    parser.add_argument("--html", metavar="FILE", help="the page (RESULTS with .html)")
+    parser.add_argument("--png", metavar="FOLDER", help="where to write the figures, too (nowhere)")
+
+
+def report(arguments: argparse.Namespace) -> int:
+    """The verb `report`."""
+    html = arguments.html or str(Path(arguments.results).with_suffix(".html"))
+    check_parent("--html", html)
+    from hf_earlyexit.report import read_results, write_report
+
+    for path in write_report(read_results(arguments.results), html, arguments.png):
+        print(path)
+    return 0
+
+
+VERBS = (
+    Verb("evaluate", evaluate, "measure exits", EVALUATE, EVALUATE_EXAMPLE, add_evaluate_arguments),
+    Verb("report", report, "draw an evaluation", REPORT, REPORT_EXAMPLE, add_report_arguments),
+)

@@ -1,0 +1,322 @@
+"""Answers for pictures of an evaluation: quality, layers, confidence and time, as matplotlib figures.
+
+Each takes the plain values of an evaluation and gives a figure, or None where these have nothing to show. Knows
+nothing of files and pages. No state of pyplot is touched.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from hf_earlyexit.candidates import FULL_DEPTH, STATIC
+from hf_earlyexit.extras import require
+from hf_earlyexit.questions import Results, choices, curves, full_depth
+
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+
+# Okabe and Ito's colours, which people who see few colours can tell apart, without yellow (faint on white) and black
+# (the static decoder's). Markers differ in number from colours, so that pairs repeat late.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+GREY = "#6b6b6b"
+# From the first layer to the last but one: blue is early, orange late. All light enough for black letters.
+LAYER_STOPS = ((0.42, 0.68, 0.93), (0.72, 0.87, 0.95), (0.98, 0.94, 0.70), (0.99, 0.76, 0.42), (0.93, 0.53, 0.33))
+LOOK = {
+    "font.size": 10,
+    "axes.titlesize": 10.5,
+    "legend.fontsize": 9.5,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+}
+MOST_HISTOGRAMS = 6
+
+
+def layer_colour(layer: int, num_layers: int) -> str:
+    """The colour of tokens that left after `layer`, as `#rrggbb`."""
+    place = (layer - 1) / max(1, num_layers - 2) * (len(LAYER_STOPS) - 1)
+    start = min(int(place), len(LAYER_STOPS) - 2)
+    mixed = [low + (high - low) * (place - start) for low, high in zip(*LAYER_STOPS[start : start + 2])]
+    return "#" + "".join(f"{round(255 * min(1.0, part)):02x}" for part in mixed)
+
+
+# --- quality --------------------------------------------------------------------------------------------------------
+
+
+def quality_time(results: Results) -> Figure | None:
+    """ROUGE-L against time over stock's, a panel for each batch size."""
+
+    def place(cell: dict[str, Any], quality: dict[str, Any]) -> tuple[float, tuple[float, float]]:
+        time = cell["time"]["ratio"]["cpu"]
+        return time["median"], (time["median"] * time["iqr"] / 2,) * 2
+
+    return _quality(results, place, "time over stock's, CPU clock (1: as fast as stock, less: faster)", at_stock=1.0)
+
+
+def quality_layers(results: Results) -> Figure | None:
+    """ROUGE-L against layers per token, a panel for each batch size."""
+
+    def place(cell: dict[str, Any], quality: dict[str, Any]) -> tuple[float, tuple[float, float]]:
+        return quality["mean_layers"]["mean"], _spread(quality["mean_layers"])
+
+    return _quality(results, place, f"layers per token, of {results['num_layers']}")
+
+
+def _quality(results: Results, place: Callable, label: str, at_stock: float | None = None) -> Figure | None:
+    sizes = _batch_sizes(results)
+    if not sizes:
+        return None
+    figure, panels = _grid(len(sizes), most_columns=2, size=(4.3, 3.3), sharex=True, sharey=True)
+    full, bottom = full_depth(results)["scores"]["rougeL"]["mean"], _bottom(results)
+    for panel, size in zip(panels, sizes):
+        panel.set_title(f"batch size {size}" if size > 1 else "one text at a time")
+        panel.axhline(full, color=GREY, linestyle=":", label="full depth")
+        if at_stock is not None:
+            panel.axvline(at_stock, color=GREY, linewidth=0.8)
+        for curve, rule, style in _lines(results):
+            cells = _cells(results, curve, rule, size)
+            if curve == STATIC:
+                cells = [cell for cell in cells if _rouge(results, cell)["mean"] >= bottom]
+            _plot_quality(panel, results, cells, place, style)
+    panels[0].set_ylim(bottom=bottom)  # shared, so only when all is drawn
+    figure.supxlabel(label, fontsize=10.5)
+    figure.supylabel("ROUGE-L, best of the references", fontsize=10.5)
+    _legend(figure, panels)
+    return figure
+
+
+def _plot_quality(
+    panel: Axes, results: Results, cells: Sequence[dict[str, Any]], place: Callable, style: dict[str, Any]
+) -> None:
+    if not cells:
+        return
+    found = [(place(cell, results["quality"][cell["quality"]]), _rouge(results, cell)) for cell in cells]
+    _, _, bars = panel.errorbar(
+        [x for (x, _), _ in found],
+        [rouge["mean"] for _, rouge in found],
+        xerr=list(zip(*(error for (_, error), _ in found))),
+        yerr=list(zip(*(_spread(rouge) for _, rouge in found))),
+        elinewidth=0.8,
+        **style,
+    )
+    for bar in bars:
+        bar.set_alpha(0.35)
+
+
+def _rouge(results: Results, cell: dict[str, Any]) -> dict[str, float]:
+    return results["quality"][cell["quality"]]["scores"]["rougeL"]
+
+
+def _spread(value: dict[str, float]) -> tuple[float, float]:
+    """How far an interval reaches to either side of its mean."""
+    return max(0.0, value["mean"] - value["low"]), max(0.0, value["high"] - value["mean"])
+
+
+def _bottom(results: Results) -> float:
+    """Where the axis of ROUGE-L starts: below every criterion. A decoder cut very short would flatten all the rest."""
+    asked = curves(results) or [STATIC, FULL_DEPTH]
+    return min(one["scores"]["rougeL"]["low"] for one in results["quality"].values() if one["curve"] in asked) - 1
+
+
+def _lines(results: Results) -> Iterable[tuple[str, str, dict[str, Any]]]:
+    """Curve, batch rule and look of every line: full for rows by themselves, hollow and light where batches leave."""
+    yield STATIC, "row", _static_style(results)
+    for number, curve in enumerate(curves(results)):
+        look = {"color": COLOURS[number % len(COLOURS)], "marker": MARKERS[number % len(MARKERS)], "markersize": 4.5}
+        yield curve, "row", {**look, "linewidth": 1.5, "label": f"{curve}, row"}
+        yield curve, "batch", {**look, "linewidth": 1.0, "alpha": 0.5, "mfc": "white", "label": f"{curve}, batch"}
+
+
+def _static_style(results: Results) -> dict[str, Any]:
+    bottom = _bottom(results)
+    below = [
+        f"{one['threshold']:g}"
+        for one in results["quality"].values()
+        if one["curve"] == STATIC and one["scores"]["rougeL"]["mean"] < bottom
+    ]
+    label = f"{STATIC} (to {', '.join(below)} layers: below)" if below else STATIC
+    return {"color": "black", "linestyle": "--", "marker": ".", "linewidth": 1.2, "label": label}
+
+
+# --- layers and confidence ------------------------------------------------------------------------------------------
+
+
+def layers_run(results: Results) -> Figure | None:
+    """The share of tokens that ran 1, 2, ... layers, a panel for each setting worth a look."""
+    shown = _worth_a_look(results)
+    if not shown:
+        return None
+    num_layers = results["num_layers"]
+    layers = range(1, num_layers + 1)
+    colours = [layer_colour(layer, num_layers) for layer in layers[:-1]] + ["white"]
+    figure, panels = _grid(len(shown), most_columns=3, size=(2.9, 2.4), sharey=True)
+    for panel, quality in zip(panels, shown):
+        panel.bar(layers, quality["distribution"], color=colours, edgecolor=GREY, linewidth=0.8)
+        mean = quality["mean_layers"]["mean"]
+        panel.axvline(mean, color="black", linestyle="--", linewidth=1)
+        panel.set_title(f"{quality['name']}\nmean {mean:.2f}")
+        panel.set_xticks([layer for layer in layers if (num_layers - layer) % math.ceil(num_layers / 8) == 0])
+    figure.supxlabel("layers run", fontsize=10.5)
+    figure.supylabel("share of tokens", fontsize=10.5)
+    return figure
+
+
+def _worth_a_look(results: Results) -> list[dict[str, Any]]:
+    """The certified setting, those of the examples, and the fastest good enough one of each curve."""
+    certificate = results.get("certificate")
+    names = [certificate["name"]] if certificate else []
+    names += [one["name"] for one in results.get("examples", ())]
+    good = [one for one in choices(results) if one.point and one.batch_exit == "row"]
+    fastest: dict[str, str] = {}
+    for one in sorted(good, key=lambda one: one.point.ratio):
+        fastest.setdefault(one.curve, one.point.name)
+    by_name = {one["name"]: one for one in results["quality"].values() if one["batch_exit"] == "row"}
+    wanted = [name for name in dict.fromkeys([*names, *fastest.values()]) if name in by_name and name != FULL_DEPTH]
+    return [by_name[name] for name in wanted[:MOST_HISTOGRAMS]]
+
+
+def reliability(results: Results) -> Figure | None:
+    """How often a token that leaves is the last layer's choice, against confidence: a line for each exit."""
+    found = {name: exits for name, exits in results.get("reliability", {}).items() if exits}
+    if not found:
+        return None
+    figure, panels = _grid(len(found), most_columns=3, size=(3.1, 3.2), sharex=True, sharey=True)
+    most = max(one["count"] for exits in found.values() for bins in exits.values() for one in bins)
+    palette = require("matplotlib", "report").colormaps["viridis"]
+    for panel, (criterion, exits) in zip(panels, found.items()):
+        panel.plot([0, 1], [0, 1], color=GREY, linestyle=":", linewidth=1, label="as sure as right")
+        for layer, bins in exits.items():
+            colour = palette(0.88 * (int(layer) - 1) / max(1, results["num_layers"] - 2))
+            places = [one["confidence"] for one in bins], [one["agreement"] for one in bins]
+            panel.plot(*places, color=colour, linewidth=1.2, label=f"after layer {layer}")
+            panel.scatter(*places, s=[4 + 90 * one["count"] / most for one in bins], color=colour, alpha=0.8)
+        panel.set(title=criterion, xlim=(-0.03, 1.03), ylim=(-0.03, 1.03))
+    figure.supxlabel("mean confidence", fontsize=10.5)
+    figure.supylabel("share that agrees with the last layer", fontsize=10.5)
+    _legend(figure, panels)
+    return figure
+
+
+# --- time -----------------------------------------------------------------------------------------------------------
+
+
+def latency(results: Results) -> Figure | None:
+    """Milliseconds between tokens over thresholds, ours and stock's: a row for each batch size."""
+
+    def lines(cells: Sequence[dict[str, Any]], who: str) -> dict[str, list[float]]:
+        times = [cell["time"][who]["inter_token_ms"] for cell in cells]
+        return {"median": [time["median"] for time in times], "p95": [time["p95"] for time in times]}
+
+    return _over_thresholds(results, lines, "ms between tokens")
+
+
+def throughput(results: Results) -> Figure | None:
+    """Tokens per second over thresholds, ours and stock's: a row for each batch size."""
+
+    def lines(cells: Sequence[dict[str, Any]], who: str) -> dict[str, list[float]]:
+        return {"median": [cell["time"][who]["tokens_per_second"] for cell in cells]}
+
+    return _over_thresholds(results, lines, "tokens per second")
+
+
+def _over_thresholds(results: Results, lines: Callable, label: str) -> Figure | None:
+    sizes, names = _batch_sizes(results), curves(results)
+    if not sizes or not names:
+        return None
+    figure, panels = _grid(
+        len(sizes) * len(names), most_columns=len(names), size=(2.7, 1.9), sharex="col", sharey="row"
+    )
+    styles = {(curve, rule): style for curve, rule, style in _lines(results)}
+    for number, panel in enumerate(panels):
+        row, column = divmod(number, len(names))
+        size, curve = sizes[row], names[column]
+        for rule in ("row", "batch"):
+            _plot_times(
+                panel, _cells(results, curve, rule, size), lines, styles[curve, rule], beside_stock=rule == "row"
+            )
+        panel.locator_params(axis="x", nbins=4)
+        if row == 0:
+            panel.set_title(curve)
+        if column == 0:
+            panel.set_ylabel(f"batch size {size}")
+    for panel in panels[:: len(names)]:
+        panel.set_ylim(bottom=0)  # shared by a row, so only when all is drawn
+    figure.supxlabel("threshold (left: eager to leave)", fontsize=10.5)
+    figure.supylabel(label, fontsize=10.5)
+    _legend(figure, panels[:1])
+    for handle in figure.legends[0].legend_handles:  # the first column's colour would say the first criterion
+        if handle.get_color() != GREY:
+            handle.set_color("black")
+    return figure
+
+
+def _plot_times(
+    panel: Axes, cells: Sequence[dict[str, Any]], lines: Callable, style: dict[str, Any], beside_stock: bool
+) -> None:
+    if not cells:
+        return
+    thresholds = [cell["threshold"] for cell in cells]
+    name = f"early exit, {cells[0]['batch_exit']}"
+    ours, stock = lines(cells, "ours"), lines(cells, "stock") if beside_stock else {}
+    panel.plot(thresholds, ours["median"], **{**style, "label": name})
+    if "p95" in ours and beside_stock:
+        panel.plot(thresholds, ours["p95"], color=style["color"], linewidth=1, linestyle="--", label=f"{name}: p95")
+    for kind, values in stock.items():
+        dashes = {"linestyle": "--", "label": "stock: p95"} if kind == "p95" else {"label": "stock"}
+        panel.plot(thresholds, values, color=GREY, linewidth=1, **dashes)
+
+
+# --- shared ---------------------------------------------------------------------------------------------------------
+
+
+def _batch_sizes(results: Results) -> list[int]:
+    return sorted({cell["batch_size"] for cell in results["cells"]})
+
+
+def _cells(results: Results, curve: str, rule: str, size: int) -> list[dict[str, Any]]:
+    """The cells of a line, by threshold."""
+    key = (curve, rule, size)
+    found = [cell for cell in results["cells"] if (cell["curve"], cell["batch_exit"], cell["batch_size"]) == key]
+    return sorted(found, key=lambda cell: cell["threshold"])
+
+
+def _grid(count: int, most_columns: int, size: tuple[float, float], **shared: Any) -> tuple[Figure, list[Axes]]:
+    """A figure of `count` panels of `size` inches, and these, row by row."""
+    rows = math.ceil(count / most_columns)
+    columns = math.ceil(count / rows)
+    with require("matplotlib", "report").rc_context(LOOK):
+        figure = require("matplotlib.figure", "report").Figure(
+            figsize=(columns * size[0] + 0.5, rows * size[1] + 0.9), layout="constrained", facecolor="white"
+        )
+        panels = figure.subplots(rows, columns, squeeze=False, **shared).ravel().tolist()
+    for panel in panels[:count]:
+        panel.grid(alpha=0.25, linewidth=0.6)
+        panel.set_axisbelow(True)
+    for place, panel in enumerate(panels[count:], count):
+        panel.set_visible(False)
+        panels[place - columns].tick_params(labelbottom=True)  # which the hidden one below would have had
+    return figure, panels[:count]
+
+
+def _legend(figure: Figure, panels: Iterable[Axes]) -> None:
+    """One legend of all panels above them, where it covers nothing."""
+    labelled = [panel.get_legend_handles_labels() for panel in panels]
+    entries = {label: handle for handles, labels in labelled for handle, label in zip(handles, labels)}
+    figure.legend(
+        entries.values(), entries, loc="outside upper center", ncols=min(4, (len(entries) + 1) // 2), edgecolor="none"
+    )
+
+
+FIGURES: dict[str, Callable[[Results], Any]] = {
+    "quality_time": quality_time,
+    "quality_layers": quality_layers,
+    "layers_run": layers_run,
+    "reliability": reliability,
+    "latency": latency,
+    "throughput": throughput,
+}

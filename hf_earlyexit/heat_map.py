@@ -1,0 +1,77 @@
+"""Answers for texts token by token: layer and confidence each left with, and what full depth would have said."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from transformers import T5ForConditionalGeneration
+
+from hf_earlyexit.data import Example
+from hf_earlyexit.writing import Text, Writer
+
+
+@torch.no_grad()
+def full_depth_choices(stock: T5ForConditionalGeneration, batch: Mapping[str, Any], sequences: torch.Tensor):
+    """`[batch, T]`, the token that `stock` would write behind each prefix of `sequences [batch, 1 + T]`."""
+    logits = stock(
+        input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], decoder_input_ids=sequences[:, :-1]
+    ).logits
+    return logits.argmax(dim=-1)
+
+
+def heat_map(
+    writer: Writer,
+    stock: T5ForConditionalGeneration,
+    examples: Sequence[Example],
+    full_depth: Sequence[Text],
+    name: str,
+    keywords: Mapping[str, Any],
+) -> list[dict[str, Any]]:
+    """What a setting writes for a few inputs, as plain values.
+
+    Args:
+        writer: Of the model.
+        stock: The stock model of the same weights.
+        examples: The inputs, one batch of them.
+        full_depth: What full depth writes for them.
+        name: Of the setting.
+        keywords: Its keywords of `generate`.
+
+    Returns:
+        Of each input `name`, `input`, `references`, `full_text`, and token by token `tokens`, `layers`, `confidences`
+        (None where all layers ran); `differs`, the places of tokens that full depth would not have written there.
+    """
+    (batch,) = writer.batches(examples, len(examples))
+    output = writer.model.generate(**batch, **keywords, return_dict_in_generate=True)
+    others = output.sequences[:, 1:] != full_depth_choices(stock, batch, output.sequences)
+    return [
+        {
+            "name": name,
+            "input": example.source,
+            "references": list(example.references),
+            "full_text": full.text,
+            **_tokens(writer.tokenizer, output, row, others[row].tolist()),
+        }
+        for row, (example, full) in enumerate(zip(examples, full_depth))
+    ]
+
+
+def _tokens(tokenizer, output, row: int, differs: Sequence[bool]) -> dict[str, Any]:
+    """A row up to its end; special tokens are not shown."""
+    places = [
+        place
+        for place, (token, layer) in enumerate(
+            zip(output.sequences[row, 1:].tolist(), output.layers_run[row].tolist())
+        )
+        if layer and token not in tokenizer.all_special_ids
+    ]
+    confidences = output.exit_confidences[row, places].tolist()
+    return {
+        "tokens": tokenizer.convert_ids_to_tokens(output.sequences[row, 1:][places].tolist()),
+        "layers": output.layers_run[row, places].tolist(),
+        "confidences": [None if math.isnan(one) else one for one in confidences],
+        "differs": [number for number, place in enumerate(places) if differs[place]],
+    }

@@ -1,0 +1,132 @@
+"""Answers for where the time of a `generate` call goes: encoder, first token, each further token; of any model.
+
+The clock is the wall's. Knows nothing of exits.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel, StoppingCriteria
+
+
+@dataclass
+class CallTimes:
+    """One call of `generate`.
+
+    Attributes:
+        start: When it started, as all of these in seconds.
+        steps: When each token of the batch was there.
+        encoder: Spent in the encoder.
+        tokens: Written by all rows, end tokens included.
+    """
+
+    start: float
+    steps: list[float] = field(default_factory=list)
+    encoder: float = 0.0
+    tokens: int = 0
+
+    @property
+    def first_token(self) -> float:
+        """From the start to the first token, encoder included."""
+        return self.steps[0] - self.start
+
+    @property
+    def inter_token(self) -> list[float]:
+        """Between one token and the next."""
+        return [later - earlier for earlier, later in pairwise(self.steps)]
+
+    @property
+    def whole(self) -> float:
+        """From the start to the last token."""
+        return self.steps[-1] - self.start
+
+
+class StepClock(StoppingCriteria):
+    """Notes when a token is there; stops nothing.
+
+    Args:
+        times: Of the call.
+    """
+
+    def __init__(self, times: CallTimes):
+        self.times = times
+
+    def __call__(self, input_ids: torch.LongTensor, scores: Any, **kwargs) -> torch.BoolTensor:
+        self.times.steps.append(_now(input_ids.device))
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+
+def timed_generate(model: PreTrainedModel, batch: dict[str, Any], **keywords: Any) -> CallTimes:
+    """Generate, and say where the time went.
+
+    Args:
+        model: An encoder-decoder.
+        batch: Inputs and what `generate` is told besides exits.
+        keywords: Further keywords of `generate`.
+    """
+    times = CallTimes(start=_now(model.device))
+    with _encoder_timed(model, times):
+        ids = model.generate(**batch, **keywords, stopping_criteria=[StepClock(times)])
+    times.tokens = count_tokens(ids[:, -len(times.steps) :], model.generation_config.eos_token_id)
+    return times
+
+
+def count_tokens(new_tokens: torch.Tensor, ends: int | Sequence[int] | None) -> int:
+    """Tokens of all rows up to their first end token and with it; `new_tokens [batch, steps]`."""
+    ends = torch.tensor([] if ends is None else ends, dtype=torch.long).flatten()
+    ended = torch.isin(new_tokens.cpu(), ends).long().cumsum(dim=1)
+    before_or_at_the_end = ended - torch.isin(new_tokens.cpu(), ends).long() <= 0
+    return int(before_or_at_the_end.sum())
+
+
+def summarize(calls: Sequence[CallTimes]) -> dict[str, Any]:
+    """What many calls come to: throughput, and medians and 95th percentiles in milliseconds."""
+    whole = sum(call.whole for call in calls)
+    return {
+        "tokens_per_second": sum(call.tokens for call in calls) / whole,
+        "inter_token_ms": _milliseconds([step for call in calls for step in call.inter_token]),
+        "first_token_ms": _milliseconds([call.first_token for call in calls]),
+        "encoder_ms": _milliseconds([call.encoder for call in calls]),
+    }
+
+
+def _milliseconds(seconds: Sequence[float]) -> dict[str, float]:
+    if not seconds:
+        return {"median": float("nan"), "p95": float("nan")}
+    median, p95 = np.percentile(seconds, [50, 95]) * 1000
+    return {"median": float(median), "p95": float(p95)}
+
+
+@contextmanager
+def _encoder_timed(model: PreTrainedModel, times: CallTimes) -> Iterator[None]:
+    """Add up what the encoder takes; the model is left as it was, whatever happens."""
+    started: list[float] = []
+
+    def begin(module, args) -> None:
+        started.append(_now(model.device))
+
+    def end(module, args, output) -> None:
+        times.encoder += _now(model.device) - started.pop()
+
+    encoder = model.get_encoder()
+    hooks = [encoder.register_forward_pre_hook(begin), encoder.register_forward_hook(end)]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _now(device: torch.device) -> float:
+    """Seconds, once the device has done what it was told."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()

@@ -1,0 +1,135 @@
+"""Answers for the table of what candidates lose on inputs, and what they cost: rows are units, columns candidates."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import cycle, islice
+from pathlib import Path
+from random import Random
+from statistics import fmean
+
+import numpy as np
+from numpy.typing import NDArray
+from tqdm import tqdm
+from transformers import T5ForConditionalGeneration
+
+from hf_earlyexit.candidates import Candidate, full_depth
+from hf_earlyexit.data import Example
+from hf_earlyexit.losses import Loss
+from hf_earlyexit.promise import units_of
+from hf_earlyexit.stock import stock_generate
+from hf_earlyexit.timing import Times, one_thread
+from hf_earlyexit.writing import Writer
+
+
+@dataclass(frozen=True)
+class LossTable:
+    """What some candidates lose on the inputs of a part.
+
+    Attributes:
+        candidates: Of the columns, K of them.
+        units: Of the rows, n of them.
+        losses: `[n, K]`, means over the inputs of a unit.
+        layers: `[K]`, mean layers per token.
+    """
+
+    candidates: list[Candidate]
+    units: list[str]
+    losses: NDArray
+    layers: NDArray
+
+    @property
+    def names(self) -> list[str]:
+        return [candidate.name for candidate in self.candidates]
+
+    def column(self, candidate: Candidate) -> NDArray:
+        """`[n]`."""
+        return self.losses[:, self.names.index(candidate.name)]
+
+    def of(self, candidates: Sequence[Candidate]) -> LossTable:
+        """The columns of some candidates, in their order."""
+        columns = [self.names.index(candidate.name) for candidate in candidates]
+        return LossTable(list(candidates), self.units, self.losses[:, columns], self.layers[columns])
+
+    def of_curve(self, curve: str) -> LossTable:
+        """The columns of a curve."""
+        return self.of([candidate for candidate in self.candidates if candidate.curve == curve])
+
+    def save(self, path: str | Path) -> None:
+        """Write it as CSV: a row for each unit, a column for each candidate."""
+        with open(path, "w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            writer.writerow(["unit", *self.names])
+            writer.writerows([unit, *row] for unit, row in zip(self.units, self.losses.tolist()))
+
+
+def record_losses(
+    writer: Writer,
+    examples: Sequence[Example],
+    candidates: Sequence[Candidate],
+    loss: Loss,
+    part: str,
+    rows_per_batch: int | None = None,
+) -> LossTable:
+    """Let full depth and every candidate write for all inputs, and compare.
+
+    Args:
+        writer: Of the model; what it has in its journal is not written again.
+        examples: The inputs.
+        candidates: The columns.
+        loss: What is compared.
+        part: The name of these inputs in the journal.
+        rows_per_batch: As in `units_of`.
+
+    Raises:
+        ValueError: There is no input, or no whole batch.
+    """
+    labels = units_of(examples, rows_per_batch)
+    examples = examples[: len(labels)]
+    if not examples:
+        least = f"one batch of {rows_per_batch}" if rows_per_batch else "one"
+        raise ValueError(f"The {part} part has too few inputs: at least {least} must be there.")
+    place_of = {unit: place for place, unit in enumerate(dict.fromkeys(labels))}
+    row_of, units = [place_of[label] for label in labels], list(place_of)
+    full = writer.write(examples, full_depth(), part).texts
+    losses, layers = np.zeros((len(units), len(candidates))), np.zeros(len(candidates))
+    for column, candidate in enumerate(tqdm(candidates, desc=f"{part}: candidates", unit="candidate", leave=False)):
+        early = writer.write(examples, candidate, part).texts
+        each = [loss.of(*pair, example.references) for *pair, example in zip(early, full, examples)]
+        np.add.at(losses[:, column], row_of, each)
+        layers[column] = fmean(layer for text in early for layer in text.layers_run)
+    sizes = np.bincount(row_of, minlength=len(units))
+    return LossTable(list(candidates), units, losses / sizes[:, None], layers)
+
+
+def times_beside_stock(
+    writer: Writer,
+    stock: T5ForConditionalGeneration,
+    examples: Sequence[Example],
+    candidates: Sequence[Candidate],
+    *,
+    batch_size: int,
+    rounds: int,
+) -> list[float]:
+    """Of each candidate the time of `generate`, encoder included, over that of stock at full depth; medians.
+
+    All take turns on each of `rounds` batches, in one process and on one thread, after one that warms up. The clock is
+    the process's on a CPU, where others may be at work, and the wall's elsewhere.
+    """
+    names = [candidate.name for candidate in candidates]
+    times, order = Times(["stock", *names]), Random(0)
+    batches = islice(cycle(writer.batches(examples[: batch_size * rounds], batch_size)), rounds + 1)
+    with one_thread(), tqdm(total=rounds, desc="timing", unit="batch", leave=False) as progress:
+        for number, batch in enumerate(batches):
+            calls = {"stock": partial(stock_generate, stock, **batch)}
+            calls |= {one.name: partial(writer.model.generate, **batch, **one.keywords) for one in candidates}
+            turn = list(calls)
+            order.shuffle(turn)
+            for name in turn:
+                times.run(name, calls[name]) if number else calls[name]()
+            progress.update(bool(number))
+    clock = "cpu" if writer.model.device.type == "cpu" else "wall"
+    return [times.ratio(name, {"stock": 1.0}, clock)["median"] for name in names]

@@ -1,0 +1,160 @@
+"""Answers for what an early-exit text loses, input by input: against full depth's text, or against references.
+
+A loss looks at the two texts of one input and gives one number, 0 where the early text is full depth's. Losses are
+means over inputs of what an input has by itself, as a guarantee needs them; corpus BLEU is none, sentence BLEU is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Protocol
+
+import evaluate
+import numpy as np
+
+from hf_earlyexit.extras import require
+from hf_earlyexit.metrics import exact_match, rouge_scores, textual_consistency
+from hf_earlyexit.writing import Text
+
+
+ROUNDING = 1e-6  # by which a score may be outside its range
+
+
+class Loss(Protocol):
+    """What an input loses.
+
+    Attributes:
+        name: Short, for tables and files.
+        description: What is lost, in words that go on after "the mean".
+        lower: No loss is below; under 0 where early exit may win.
+        upper: No loss is above.
+        needs_references: Whether the inputs must have some.
+    """
+
+    name: str
+    description: str
+    lower: float
+    upper: float
+    needs_references: bool
+
+    def of(self, early: Text, full: Text, references: Sequence[str]) -> float:
+        """The loss of one input, in [lower, upper]."""
+        ...
+
+
+@dataclass(frozen=True)
+class Inconsistency:
+    """How far the early text is from full depth's (CALM's textual consistency, arXiv 2207.07061, section 4).
+
+    It needs no references, and it counts every difference as a loss, also one that makes the text better.
+    """
+
+    name: str
+    description: str
+    distance: Callable[[Text, Text], float]
+    lower: float = 0.0
+    upper: float = 1.0
+    needs_references: bool = False
+
+    def of(self, early: Text, full: Text, references: Sequence[str]) -> float:
+        return self.distance(early, full)
+
+
+@dataclass(frozen=True)
+class Drop:
+    """By how much a score falls from full depth's text to the early one (CALM's risk consistency).
+
+    CALM clips at 0, so that inputs on which early exit wins count as nothing. Here they count as won, which the bounds
+    allow ("Fast yet Safe", arXiv 2405.20915); `clipped` is CALM's.
+    """
+
+    name: str
+    description: str
+    score: Callable[[str, Sequence[str]], float]
+    clipped: bool = False
+    upper: float = 1.0
+    needs_references: bool = True
+
+    @property
+    def lower(self) -> float:
+        return 0.0 if self.clipped else -self.upper
+
+    def of(self, early: Text, full: Text, references: Sequence[str]) -> float:
+        drop = self.score(full.text, references) - self.score(early.text, references)
+        return max(0.0, drop) if self.clipped else drop
+
+
+def token_mismatch(early: Text, full: Text) -> float:
+    """The share of positions with another token, of those of the longer text; a missing token is another one."""
+    length = max(len(early.tokens), len(full.tokens))
+    equal = sum(one == other for one, other in zip(early.tokens, full.tokens))
+    return 1 - equal / length if length else 0.0
+
+
+def text_distance(early: Text, full: Text) -> float:
+    """1 - ROUGE-L F-measure."""
+    return 1 - textual_consistency(early.text, full.text)
+
+
+def text_mismatch(early: Text, full: Text) -> float:
+    """1 where the texts differ, else 0."""
+    return 1 - exact_match(early.text, full.text)
+
+
+def sentence_bleu(prediction: str, references: Sequence[str]) -> float:
+    """Sentence BLEU in [0, 1] (sacreBLEU: effective order, exponential smoothing)."""
+    score = require("sacrebleu", "metrics").sentence_bleu(prediction, list(references)).score / 100
+    return min(1.0, score)  # equal texts have 1.0000000000000004
+
+
+def drop_of_metric(
+    metric: evaluate.EvaluationModule, key: str, *, scale: float = 1.0, clipped: bool = False, **options
+) -> Drop:
+    """The drop of any metric of the `evaluate` library, computed for each input by itself.
+
+    Args:
+        metric: A loaded metric or one of `hf_earlyexit.metrics`. More must be better, and a score of one input must
+            mean something. It is handed all references of the input.
+        key: The score's name in what it returns: a number, or a list with one.
+        scale: The largest score there can be, 100 for some; scores are divided by it and must be at least 0.
+        clipped: As in `Drop`.
+        options: Of `metric.compute`.
+
+    Raises:
+        ValueError: On first use, if there is no such key or a score is not within [0, scale].
+    """
+    score = partial(_metric_score, metric=metric, key=key, scale=scale, options=options)
+    return Drop(f"{key}_drop", f"drop of {key} ({metric.name})", score, clipped)
+
+
+def _metric_score(prediction: str, references: Sequence[str], *, metric, key: str, scale: float, options) -> float:
+    found = metric.compute(predictions=[prediction], references=[list(references)], **options)
+    if key not in found:
+        raise ValueError(f"`key={key!r}` is not among the scores of {metric.name}: {sorted(found)}.")
+    score = float(np.mean(found[key])) / scale
+    if not -ROUNDING <= score <= 1 + ROUNDING:
+        raise ValueError(f"`scale={scale}` does not fit {metric.name}: {key} is {found[key]}, not in [0, {scale}].")
+    return min(1.0, max(0.0, score))
+
+
+def _rouge(name: str) -> Drop:
+    score = lambda prediction, references: rouge_scores(prediction, references)[name]  # noqa: E731
+    label = name.replace("rouge", "ROUGE-")
+    return Drop(f"{name}_drop", f"drop of {label} (best of the references)", score)
+
+
+LOSSES: dict[str, Loss] = {
+    loss.name: loss
+    for loss in (
+        Inconsistency("text_distance", "distance from full depth's text (1 - ROUGE-L)", text_distance),
+        Inconsistency("token_mismatch", "share of tokens that are not full depth's", token_mismatch),
+        Inconsistency("text_mismatch", "share of texts that are not full depth's", text_mismatch),
+        _rouge("rouge1"),
+        _rouge("rouge2"),
+        _rouge("rougeL"),
+        Drop("bleu_drop", "drop of sentence BLEU (all references)", sentence_bleu),
+        Drop("exact_match_drop", "drop of exact matches with a reference", exact_match),
+    )
+}

@@ -1,0 +1,332 @@
+"""Answers for which setting of a model keeps a promise about quality: from inputs to a certificate.
+
+Inputs are split in three by a hash: on the first part it is chosen what to test and in which order, on the second that
+is tested, on the third the result is reported as it is. What a table of losses proves is `calibration.py`; how one is
+made, `loss_table.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+from hf_earlyexit.calibration import Calibration
+from hf_earlyexit.candidates import Candidate, full_depth
+from hf_earlyexit.certificate import Certificate, versions
+from hf_earlyexit.certified import uncertified
+from hf_earlyexit.data import Example, data_fingerprint, short_hash, split_by_unit
+from hf_earlyexit.fingerprint import weights_fingerprint
+from hf_earlyexit.intervals import mean_interval
+from hf_earlyexit.journal import Journal
+from hf_earlyexit.loss_table import LossTable, record_losses, times_beside_stock
+from hf_earlyexit.models import EarlyExitT5ForConditionalGeneration
+from hf_earlyexit.promise import Promise, units_of
+from hf_earlyexit.search import Search, curves_of, pareto_front
+from hf_earlyexit.settings import ExitSettings
+from hf_earlyexit.stock import stock_of
+from hf_earlyexit.writing import Writer
+
+
+NONE_SAFE = "no setting was shown to keep the target"
+NONE_FASTER = "no setting that was shown to keep the target costs less than full depth"
+
+
+@dataclass(frozen=True)
+class Use:
+    """How the model will be used, all of which a promise is about.
+
+    Attributes:
+        batch_size: Inputs at once. Where rows wait for each other (`batch_exit` other than `"row"`) the unit is a
+            batch of exactly that many, whose loss is the mean of its rows'. Elsewhere it matters for time only.
+        exits: Exit settings of every candidate: `exit_schedule`, `batch_exit`, `fill`.
+        generation: Keywords of `generate` besides the exits, over the model's generation_config. No sampling.
+        max_source_tokens: Longer inputs are cut; None: never.
+    """
+
+    batch_size: int = 1
+    exits: Mapping[str, Any] = field(default_factory=dict)
+    generation: Mapping[str, Any] = field(default_factory=dict)
+    max_source_tokens: int | None = None
+
+    @property
+    def rows_per_batch(self) -> int | None:
+        """Rows that wait for each other."""
+        return self.batch_size if self.exits.get("batch_exit", "row") != "row" and self.batch_size > 1 else None
+
+
+@dataclass(frozen=True)
+class ModelCalibration:
+    """A certificate and what it comes from.
+
+    Attributes:
+        certificate: `model.certify(certificate)` takes it over.
+        tables: Losses by part: of all candidates on select, of those tested on calibrate, of the setting on report.
+    """
+
+    certificate: Certificate
+    tables: dict[str, LossTable]
+
+
+def calibrate_model(
+    model: EarlyExitT5ForConditionalGeneration,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Example],
+    promise: Promise,
+    use: Use | None = None,
+    search: Search | None = None,
+    *,
+    path: str | Path | None = None,
+    data_name: str = "",
+) -> ModelCalibration:
+    """Find the cheapest setting that is shown to keep a promise.
+
+    Args:
+        model: In eval mode; left as it is.
+        tokenizer: Of the model.
+        examples: Distinct inputs, like those to come and drawn independently of each other, as `data.read_examples`
+            gives them. None that the model or its exits were trained on.
+        promise: What quality is not to fall below.
+        use: How the model will be used.
+        search: Where a setting is looked for.
+        path: A journal: a run that was cut off goes on from it.
+        data_name: For the certificate.
+
+    Returns:
+        The certificate. Its setting is full depth if nothing was shown to be good enough, or nothing that was is
+        cheaper.
+
+    Raises:
+        ValueError: An argument is not legal, an input stands there twice, the calibrate part is too small for the
+            target even at zero loss (the message says how many inputs are needed). All before anything is generated.
+    """
+    calibrator = _Calibrator(model, tokenizer, examples, promise, use or Use(), search or Search(), path)
+    return calibrator.run(data_name)
+
+
+class _Calibrator:
+    """One calibration: what was asked, checked; then its stages."""
+
+    def __init__(self, model, tokenizer, examples, promise: Promise, use: Use, search: Search, path):
+        self.model, self.promise, self.use, self.search = uncertified(model), promise, use, search
+        self.candidates = search.candidates(model, use.exits)
+        self.finalists = min(search.finalists, len(curves_of(self.candidates)))
+        _refuse_repeated(examples)
+        self.parts = split_by_unit(examples, search.shares)
+        self.conditions = self._check_use(self.candidates[0])
+        promise.check(self.parts, self._units("calibrate"), self.finalists)
+        if not self.parts["select"]:
+            raise ValueError(f"The select part is empty: `shares` {dict(search.shares)} of {len(examples)} inputs.")
+        self.journal = Journal(path, self._asked(examples))
+        self.writer = Writer(
+            self.model,
+            tokenizer,
+            batch_size=use.rows_per_batch or search.writing_batch_size,
+            generation=dict(use.generation),
+            max_source_tokens=use.max_source_tokens,
+            journal=self.journal,
+        )
+
+    def run(self, data_name: str) -> ModelCalibration:
+        """All stages."""
+        tables = {"select": self._table("select", self.candidates)}
+        costs = self._costs("select", self.candidates)
+        chains = self._chains(tables["select"], costs)
+        tables["calibrate"] = self._table("calibrate", [one for chain in chains for one in chain])
+        tested = [self._test(tables["calibrate"].of(chain), costs) for chain in chains]
+        chosen, reason = self._choose(chains, tested, costs)
+        if chosen is not None and self.parts["report"]:
+            tables["report"] = self._table("report", [chosen])
+        rows = [row for chain, result in zip(chains, tested) for row in _rows(chain, result, costs)]
+        report = self._report(tables["report"], chosen) if "report" in tables else None
+        return ModelCalibration(self._certificate(chosen, reason, rows, report, data_name), tables)
+
+    # --- checks -----------------------------------------------------------------------------------------------------
+
+    def _units(self, part: str) -> int:
+        return len(set(units_of(self.parts[part], self.use.rows_per_batch)))
+
+    def _check_use(self, candidate: Candidate) -> dict[str, Any]:
+        """What a call is like, as a certificate keeps it, but for what differs between candidates."""
+        if self.use.rows_per_batch and any(one.group for part in self.parts.values() for one in part):
+            raise ValueError("`batch_exit` other than 'row' does not go with groups of inputs: units would mix.")
+        unknown = [name for name in self.use.generation if not hasattr(GenerationConfig(), name)]
+        if unknown:
+            raise ValueError(
+                f"`generation` has {unknown[0]!r}, which is no setting of a generation config: leave it out."
+            )
+        settings = ExitSettings.merge(candidate.keywords, None, None)
+        if not isinstance(settings.exit_schedule, (str, dict)):
+            raise ValueError(f"`exit_schedule` must have a name to be certified, got {settings.exit_schedule!r}.")
+        return self._conditions(candidate)
+
+    def _conditions(self, candidate: Candidate) -> dict[str, Any]:
+        settings = ExitSettings.merge(candidate.keywords, None, None)
+        generation = dict(self.use.generation)
+        conditions = self.model.conditions_of(settings, {"kwargs": generation, **generation})
+        if conditions.get("do_sample"):
+            raise ValueError(
+                "`do_sample=True` cannot be calibrated, losses would be of one draw: use greedy or beams."
+            )
+        together = settings.batch_exit != "row"
+        return conditions | {"batch_size": self.use.batch_size if together else None}
+
+    def _asked(self, examples: Sequence[Example]) -> dict[str, Any]:
+        """What everything in the journal depends on."""
+        shared = {name: value for name, value in self.conditions.items() if not name.startswith("exit_")}
+        return {
+            "weights": weights_fingerprint(self.model),
+            "inputs": data_fingerprint(examples),
+            "shares": dict(self.search.shares),
+            "exits": dict(self.use.exits),
+            "max_source_tokens": self.use.max_source_tokens,
+            "writing_batch_size": self.use.rows_per_batch or self.search.writing_batch_size,
+            **shared,
+        }
+
+    # --- stages -----------------------------------------------------------------------------------------------------
+
+    def _table(self, part: str, candidates: Sequence[Candidate]) -> LossTable:
+        rows = self.use.rows_per_batch
+        return record_losses(self.writer, self.parts[part], candidates, self.promise.loss, part, rows)
+
+    def _costs(self, part: str, candidates: Sequence[Candidate]) -> dict[str, float]:
+        """Of full depth and of each candidate, by name."""
+        everyone = [full_depth(), *candidates]
+        if self.search.cost == "layers":
+            texts = (self.writer.write(self.parts[part], one, part).texts for one in everyone)
+            return {one.name: _mean_layers(written) for one, written in zip(everyone, texts)}
+        size, rounds = self.use.batch_size, self.search.rounds
+        key = f"{part} | time of {', '.join(one.name for one in everyone)} | batch {size}, {rounds} rounds"
+        if key not in self.journal:
+            stock = stock_of(self.model)
+            options = {"batch_size": size, "rounds": rounds}
+            self.journal.add(key, times_beside_stock(self.writer, stock, self.parts[part], everyone, **options))
+        return dict(zip((one.name for one in everyone), self.journal[key]))
+
+    def _chains(self, table: LossTable, costs: Mapping[str, float]) -> list[list[Candidate]]:
+        """What is tested one after the other, each chain by itself."""
+        if self.search.order == "pareto":
+            front = pareto_front(table, costs, below=costs[full_depth().name])
+            return [front] if front else []
+        best = {curve: self._best_cost(table.of_curve(curve), costs) for curve in curves_of(table.candidates)}
+        finalists = sorted(best, key=best.__getitem__)[: self.finalists]
+        return [table.of_curve(curve).candidates for curve in finalists]
+
+    def _best_cost(self, table: LossTable, costs: Mapping[str, float]) -> float:
+        """The cheapest candidate's before the first whose mean loss is above the target."""
+        above = (table.losses.mean(axis=0) > self.promise.target).tolist()
+        good = table.names[: above.index(True)] if True in above else table.names
+        return min((costs[name] for name in good), default=float("inf"))
+
+    def _test(self, table: LossTable, costs: Mapping[str, float]) -> Calibration:
+        return self.promise.calibrate(table.losses, [costs[name] for name in table.names], self.finalists)
+
+    def _choose(
+        self, chains: Sequence[Sequence[Candidate]], tested: Sequence[Calibration], costs: Mapping[str, float]
+    ) -> tuple[Candidate | None, str]:
+        """The cheapest of the chains' choices, or why there is none."""
+        safe = [chain[one.index] for chain, one in zip(chains, tested) if one.index is not None]
+        cheapest = min(safe, key=lambda one: costs[one.name], default=None)
+        if chains and cheapest is None:
+            return None, NONE_SAFE
+        if cheapest is None or costs[cheapest.name] >= costs[full_depth().name]:
+            return None, NONE_FASTER
+        return cheapest, ""
+
+    def _report(self, table: LossTable, chosen: Candidate) -> dict[str, Any]:
+        losses = table.column(chosen)
+        cost = self._costs("report", [chosen])[chosen.name]
+        return {"n": len(losses), **mean_interval(losses), "mean_layers": float(table.layers[0]), "cost": cost}
+
+    # --- the result -------------------------------------------------------------------------------------------------
+
+    def _certificate(
+        self,
+        chosen: Candidate | None,
+        reason: str,
+        rows: list[dict[str, Any]],
+        report: dict[str, Any] | None,
+        data_name: str,
+    ) -> Certificate:
+        setting = chosen or full_depth()
+        risk = next((row for row in rows if row["name"] == setting.name), None)
+        crc = self.promise.method == "crc"
+        examples = [one for part in self.parts.values() for one in part]
+        return Certificate(
+            certified=chosen is not None,
+            reason=reason,
+            name=setting.name,
+            setting=dict(setting.keywords),
+            loss=self.promise.described(),
+            target=self.promise.target,
+            delta=None if crc else self.promise.delta,
+            method=self.promise.method,
+            bound=None if crc else self.promise.bound,
+            n=self._units("calibrate"),
+            unit=self._unit(examples),
+            risk=risk and {name: risk[name] for name in ("mean", "upper_bound", "p_value", "cost")},
+            cost={"name": self.search.cost, "unit": self._cost_unit()},
+            table=rows,
+            split={
+                "counts": {name: len(part) for name, part in self.parts.items()},
+                "hashes": {name: [short_hash(one) for one in part] for name, part in self.parts.items()},
+            },
+            data={
+                "name": data_name,
+                "fingerprint": data_fingerprint(examples),
+                "max_source_tokens": self.use.max_source_tokens,
+            },
+            weights=self.journal.asked["weights"],
+            generation=self._conditions(setting) if chosen else self.conditions,
+            versions=versions(),
+            created=date.today().isoformat(),
+            report=report,
+        )
+
+    def _unit(self, examples: Sequence[Example]) -> str:
+        if self.use.rows_per_batch:
+            return f"batch of {self.use.rows_per_batch} inputs"
+        return "group of inputs" if any(one.group for one in examples) else "input"
+
+    def _cost_unit(self) -> str:
+        if self.search.cost == "layers":
+            return "decoder layers per token"
+        return f"of stock's time, batch {self.use.batch_size}"
+
+
+def _refuse_repeated(examples: Sequence[Example]) -> None:
+    sources = {example.source for example in examples}
+    if len(sources) < len(examples):
+        raise ValueError(
+            f"`examples` repeats {len(examples) - len(sources)} of {len(examples)} inputs, which are then not "
+            "independent: group them, as `data.read_examples(..., group_by=...)` does."
+        )
+
+
+def _rows(chain: Sequence[Candidate], result: Calibration, costs: Mapping[str, float]) -> list[dict[str, Any]]:
+    """A chain's lines in the certificate."""
+    p_values = result.p_values or [None] * len(chain)
+    numbers = zip(chain, result.means, result.upper_bounds, p_values)
+    return [
+        {
+            "name": one.name,
+            "curve": one.curve,
+            "threshold": one.threshold,
+            "mean": mean,
+            "upper_bound": upper_bound,
+            "p_value": p_value,
+            "cost": costs[one.name],
+            "accepted": place < result.accepted,
+        }
+        for place, (one, mean, upper_bound, p_value) in enumerate(numbers)
+    ]
+
+
+def _mean_layers(texts) -> float:
+    layers = [layer for text in texts for layer in text.layers_run]
+    return sum(layers) / len(layers)

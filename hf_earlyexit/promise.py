@@ -1,0 +1,102 @@
+"""Answers for what is promised about quality: which loss, at most how much of it, how surely, shown in which way."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from numpy.typing import ArrayLike
+
+from hf_earlyexit.calibration import Calibration, calibrate, inputs_needed, split_delta
+from hf_earlyexit.data import Example
+from hf_earlyexit.losses import LOSSES, Loss
+
+
+@dataclass(frozen=True)
+class Promise:
+    """The mean loss on inputs to come is at most `target`.
+
+    Attributes:
+        target: In units of the loss: 0.02 of `"rougeL_drop"` is 2 points.
+        loss: A name in `losses.LOSSES`, or an object with its attributes.
+        delta: The probability, over the draw of the calibration inputs, that the promise fails.
+        method: `"ltt"`, `"ucb"` or `"crc"`, as for `calibration.calibrate`.
+        bound: `"wsr"`, `"hb"`, `"clopper_pearson"` or `"hoeffding"`, likewise.
+
+    Raises:
+        ValueError: A value is not legal; the message says which and what to do.
+    """
+
+    target: float
+    loss: str | Loss = "text_distance"
+    delta: float = 0.1
+    method: str = "ltt"
+    bound: str = "wsr"
+
+    def __post_init__(self):
+        if isinstance(self.loss, str):
+            if self.loss not in LOSSES:
+                raise ValueError(f"`loss` must be one of {list(LOSSES)} or an object, got {self.loss!r}.")
+            object.__setattr__(self, "loss", LOSSES[self.loss])
+        self.inputs_needed()
+
+    def calibrate(self, losses: ArrayLike, costs: ArrayLike, curves: int = 1) -> Calibration:
+        """Which of a curve's columns keep the promise, where as many curves are tested on the same inputs."""
+        return calibrate(losses, costs, **self._asked(curves))
+
+    def inputs_needed(self, curves: int = 1) -> int:
+        """The fewest units with which anything can be shown."""
+        return inputs_needed(**self._asked(curves))
+
+    def check(self, parts: dict[str, list[Example]], units: int, curves: int) -> None:
+        """Check that what is promised can be shown on these inputs.
+
+        Raises:
+            ValueError: The units of the calibrate part are too few even at zero loss, or references are missing.
+        """
+        if self.method == "crc" and curves > 1:
+            raise ValueError(f"`finalists={curves}` does not go with `method='crc'`, which has no delta to share.")
+        if (needed := self.inputs_needed(curves)) > units:
+            total = sum(map(len, parts.values()))
+            raise ValueError(
+                f"The calibrate part has {units} units, of {total} inputs: too few for `target={self.target}` "
+                f"{self._confidence(curves)}even at zero loss. {needed} are needed, and more where there are losses: "
+                "give more inputs, a larger share of them, or a larger target."
+            )
+        without = next((one for part in parts.values() for one in part if not one.references), None)
+        if self.loss.needs_references and without is not None:
+            raise ValueError(
+                f"`loss={self.loss.name!r}` needs references, and the input {without.source[:80]!r} has none: name "
+                "their column, or use a loss against full depth, such as 'text_distance'."
+            )
+
+    def described(self) -> dict[str, Any]:
+        """The loss, as plain values."""
+        against = "references" if self.loss.needs_references else "full depth"
+        names = ("name", "description", "lower", "upper")
+        return {**{name: getattr(self.loss, name) for name in names}, "against": against}
+
+    def _confidence(self, curves: int) -> str:
+        if self.method == "crc":
+            return ""
+        each = f" over {curves} curves" if curves > 1 else ""
+        return f"with `delta={self.delta}`{each} by {self.bound!r} "
+
+    def _asked(self, curves: int) -> dict[str, Any]:
+        delta = split_delta(self.delta, curves) if self.method != "crc" else self.delta
+        limits = {"loss_lower": self.loss.lower, "loss_upper": self.loss.upper}
+        return {"target": self.target, "delta": delta, "method": self.method, "bound": self.bound, **limits}
+
+
+def units_of(examples: Sequence[Example], rows_per_batch: int | None) -> list[str]:
+    """Of each input the unit that it belongs to; inputs behind the last whole batch belong to none and are left out.
+
+    Args:
+        examples: In the order in which they are written.
+        rows_per_batch: Where rows of a batch wait for each other, so that a batch is one unit; else None.
+    """
+    if rows_per_batch is None:
+        return [example.unit for example in examples]
+    whole = len(examples) // rows_per_batch * rows_per_batch
+    return [f"batch {place // rows_per_batch}" for place in range(whole)]

@@ -1,0 +1,333 @@
+"""Answers for the report of an evaluation: one page that stands alone, and its figures for papers.
+
+The page is HTML with its pictures inside; it asks for nothing from anywhere and needs no script. Every sentence with a
+number is made of the results. Knows nothing of models; how pictures look is `figures.py`'s, what answers the questions
+`questions.py`'s.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import math
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from hf_earlyexit.candidates import FULL_DEPTH, STATIC
+from hf_earlyexit.extras import require
+from hf_earlyexit.figures import FIGURES, layer_colour
+from hf_earlyexit.questions import (
+    Choice,
+    Results,
+    batch_reading,
+    by_length,
+    choices,
+    curves,
+    full_depth,
+    length_reading,
+    listed,
+    most_eager,
+    thirds,
+    tolerance,
+)
+
+
+FORMAT = 1
+NEEDED = ("asked", "environment", "num_layers", "inputs", "quality", "cells")
+ASSETS = Path(__file__).parent / "assets"
+TEMPLATE = "report.html"
+DPI = 200
+SPACE, MINUS, NONE = "▁", "\N{MINUS SIGN}", "\N{EN DASH}"
+
+
+# --- reading and writing --------------------------------------------------------------------------------------------
+
+
+def read_results(path: str | Path) -> Results:
+    """Read the results of an evaluation.
+
+    Raises:
+        OSError: It cannot be read.
+        ValueError: It is no results file, or one of another format.
+    """
+    try:
+        results = json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}. Name the results.json of an evaluation.") from error
+    if not isinstance(results, dict) or "format" not in results:
+        raise ValueError(f"{path} is no results file: a JSON object with a `format` is expected.")
+    try:
+        check_results(results)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    return results
+
+
+def check_results(results: Results) -> None:
+    """Refuse results that a report cannot be made of.
+
+    Raises:
+        ValueError: The format is another one, something is missing, or scores of inputs are not those of the means.
+    """
+    if results.get("format") != FORMAT:
+        raise ValueError(f"the results have format {results.get('format')!r}, known is {FORMAT}.")
+    missing = [name for name in NEEDED if name not in results]
+    if missing:
+        raise ValueError(f"the results lack {', '.join(missing)}: run the evaluation to its end.")
+    if all(one["curve"] != FULL_DEPTH for one in results["quality"].values()):
+        raise ValueError(f"the results lack the quality of {FULL_DEPTH}, which all else is held against.")
+    unknown = sorted({cell["quality"] for cell in results["cells"]} - set(results["quality"]))
+    if unknown:
+        raise ValueError(f"the results have times of {unknown[0]!r}, whose quality they lack.")
+    full = full_depth(results)
+    mean, of_inputs = full["scores"]["rougeL"]["mean"], fmean(full["per_input"]["rougeL"])
+    if abs(of_inputs - mean) > 0.01:
+        raise ValueError(
+            f"ROUGE-L of {FULL_DEPTH} is {mean:.3f} on the whole and {of_inputs:.3f} in the mean of its inputs: both "
+            "must be times 100 and of the same inputs."
+        )
+
+
+def write_report(results: Results, html_path: str | Path, png_folder: str | Path | None = None) -> list[Path]:
+    """Write the page, and each figure that has something to show.
+
+    Args:
+        results: As `read_results` gives them. Reliability, examples and certificate may be missing.
+        html_path: Of the page.
+        png_folder: Where the figures go as PNG files; it is made if need be. None: into the page only.
+
+    Returns:
+        The files written, the page first.
+
+    Raises:
+        ImportError: matplotlib or jinja2 is not installed.
+        ValueError: As `check_results`.
+    """
+    check_results(results)
+    pictures = {name: _png(figure) for name, draw in FIGURES.items() if (figure := draw(results)) is not None}
+    page = Path(html_path)
+    page.write_text(render(results, pictures), encoding="utf-8")
+    if png_folder is None:
+        return [page]
+    folder = Path(png_folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, picture in pictures.items():
+        (folder / f"{name}.png").write_bytes(picture)
+    return [page, *(folder / f"{name}.png" for name in pictures)]
+
+
+def _png(figure: Any) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=DPI, metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def render(results: Results, pictures: dict[str, bytes]) -> str:
+    """The page, with pictures by name of `FIGURES`."""
+    jinja2 = require("jinja2", "report")
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(ASSETS),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"fixed": fixed, "signed": signed, "plural": plural}
+    inline = {name: _inline(picture) for name, picture in pictures.items()}
+    return environment.get_template(TEMPLATE).render(view(results), pictures=inline)
+
+
+def _inline(picture: bytes) -> dict[str, Any]:
+    """A PNG file as the page holds it; where its header has the pixels, the page has them at 96 to the inch."""
+    width, height = (int.from_bytes(picture[start : start + 4], "big") for start in (16, 20))
+    return {
+        "data": base64.b64encode(picture).decode(),
+        "width": round(width * 96 / DPI),
+        "height": round(height * 96 / DPI),
+    }
+
+
+# --- numbers --------------------------------------------------------------------------------------------------------
+
+
+def fixed(value: float | None, digits: int = 1) -> str:
+    """With this many digits; a dash for None."""
+    return NONE if value is None else f"{value:.{digits}f}".replace("-", MINUS)
+
+
+def signed(value: float | None, digits: int = 1) -> str:
+    """The same with its sign, also where it is a plus."""
+    return NONE if value is None else f"{value:+.{digits}f}".replace("-", MINUS)
+
+
+def plural(unit: str) -> str:
+    """`inputs` of `input`, `batches of 8 inputs` of `batch of 8 inputs`."""
+    noun, *others = unit.split(" ")
+    return " ".join([noun + ("es" if noun.endswith("ch") else "s"), *others])
+
+
+# --- the summary ----------------------------------------------------------------------------------------------------
+
+
+def best_of(found: Iterable[Choice]) -> Choice | None:
+    """The fastest of all that are good enough."""
+    return min((one for one in found if one.point), key=lambda one: one.point.ratio, default=None)
+
+
+def batches_of(size: int) -> str:
+    """A batch size in words."""
+    return "one text at a time" if size == 1 else f"in batches of {size}"
+
+
+def summary(results: Results, found: Sequence[Choice]) -> list[str]:
+    """What came out, in sentences: the best and what it costs, other batch sizes, the plain alternative, a caution."""
+    sizes = sorted({one.batch_size for one in found})
+    by_size = {size: best_of(one for one in found if one.batch_size == size) for size in sizes}
+    sentences = [_opening(results, best_of(found)), _size_sentence(by_size), _static_sentence(results, by_size)]
+    return [*filter(None, sentences), _caution(results)]
+
+
+def _opening(results: Results, best: Choice | None) -> str:
+    limit = f"{tolerance(results):g} points of full depth's ROUGE-L"
+    if best is None:
+        return f"No early-exit setting that was tried stays within {limit}: there is none to recommend."
+    point, full = best.point, full_depth(results)["scores"]["rougeL"]["mean"]
+    rule = "" if best.batch_size == 1 else f", leaving by rule {best.batch_exit}"
+    what = f"{point.name}, {batches_of(best.batch_size)}{rule}"
+    if point.ratio < 1:
+        start = f"The fastest setting that stays within {limit} is {what}: it takes"
+    else:
+        start = (
+            f"Nothing that stays within {limit} is faster than stock Transformers. The least slow is {what}: it takes"
+        )
+    unsure = " (which the spread of the times hardly tells from 1)" if abs(point.ratio - 1) < point.spread else ""
+    against = f"{abs(point.difference):.1f} {'below' if point.difference < 0 else 'above'} full depth's {full:.1f}"
+    return (
+        f"{start} {point.ratio:.2f} of stock's time{unsure}, runs {point.layers:.1f} of {results['num_layers']} "
+        f"layers per token, and its ROUGE-L is {full + point.difference:.1f}, {against}."
+    )
+
+
+def _size_sentence(by_size: dict[int, Choice | None]) -> str | None:
+    points = {size: best.point for size, best in by_size.items() if best is not None}
+    if len(by_size) < 2 or not points:
+        return None
+    parts = [
+        f"{point.ratio:.2f} at {size}" + (" (slower than stock)" if point.ratio >= 1 else "")
+        for size, point in points.items()
+    ]
+    nothing = [size for size, best in by_size.items() if best is None]
+    end = f"; there is none at {listed(nothing)}" if nothing else ""
+    return f"By batch size, the time of the best within the limit is {listed(parts)}{end}."
+
+
+def _static_sentence(results: Results, by_size: dict[int, Choice | None]) -> str | None:
+    """Whether a decoder that is simply cut does as well, which would make asking pointless."""
+    static = choices(results, [STATIC])
+    if not static:
+        return None
+    times = {size: best.point.ratio for size, best in by_size.items() if best is not None}
+    good = [one for one in static if one.point]
+    faster = [one for one in good if one.point.ratio < times.get(one.batch_size, math.inf)]
+    if not faster:
+        return "A stock decoder that is simply cut to fewer layers is nowhere both within the limit and faster."
+    parts = [f"{one.point.ratio:.2f} with {one.point.threshold:g} layers at {one.batch_size}" for one in faster]
+    return f"A stock decoder that is simply cut to fewer layers is faster within the limit: {listed(parts)}."
+
+
+def _caution(results: Results) -> str:
+    certificate = results.get("certificate")
+    about = f"the certificate is about {certificate['name']}" if certificate and certificate["certified"] else None
+    return (
+        f"The best was picked on the same {results['inputs']['count']} inputs that it is shown on, which flatters it "
+        f"a little; {about or 'nothing is certified'}."
+    )
+
+
+# --- what the page shows --------------------------------------------------------------------------------------------
+
+
+def view(results: Results) -> dict[str, Any]:
+    """The values of the template."""
+    found, num_layers = choices(results), results["num_layers"]
+    sizes = sorted({cell["batch_size"] for cell in results["cells"]})
+    criteria = curves(results)
+    lengths = {
+        "source": ("source_tokens", criteria, "inputs"),
+        "static": ("full_depth_tokens", [STATIC], "outputs"),
+        "output": ("full_depth_tokens", criteria, "outputs"),
+    }
+    return {
+        "results": results,
+        "certificate": results.get("certificate"),
+        "started": results.get("started"),
+        "commit": results.get("commit"),
+        "full": full_depth(results),
+        "limit": tolerance(results),
+        "best": best_of(found),
+        "summary": summary(results, found),
+        "sizes": sizes,
+        "choices": choice_rows(found, sizes),
+        "batch_reading": batch_reading(found),
+        "lengths": {name: length_view(results, *asked) for name, asked in lengths.items()},
+        "cells": {size: cell_rows(results, size) for size in sizes},
+        "load": sorted(cell["load"][0] for cell in results["cells"]),
+        "colours": {layer: layer_colour(layer, num_layers) for layer in range(1, num_layers)},
+        "examples": [{**one, "spans": spans(one, num_layers)} for one in results.get("examples", ())],
+    }
+
+
+def choice_rows(found: Sequence[Choice], sizes: Sequence[int]) -> list[dict[str, Any]]:
+    """A row for each curve and rule; its choice for each size, None where that was not measured."""
+    by_key = {(one.curve, one.batch_exit, one.batch_size): one for one in found}
+    return [
+        {"curve": curve, "rule": rule, "choices": [by_key.get((curve, rule, size)) for size in sizes]}
+        for curve, rule in dict.fromkeys((one.curve, one.batch_exit) for one in found)
+    ]
+
+
+def length_view(results: Results, lengths: str, asked: Sequence[str], what: str) -> dict[str, Any]:
+    """A question about lengths: the thirds, the settings on each, the most eager good enough threshold of each."""
+    rows = by_length(results, lengths, asked)
+    return {
+        "thirds": thirds(results["inputs"][lengths]),
+        "rows": rows,
+        "eager": most_eager(rows, tolerance(results)),
+        "reading": length_reading(rows, what),
+    }
+
+
+def cell_rows(results: Results, size: int) -> list[dict[str, Any]]:
+    """Every cell of a batch size, with its quality, and its work relative to full depth's."""
+    full = full_depth(results)["work"]
+    rows = []
+    for cell in results["cells"]:
+        quality = results["quality"][cell["quality"]]
+        work = {name: sum(quality["work"][name]) / sum(full[name]) for name in ("layer_rows", "head_rows")}
+        if cell["batch_size"] == size:
+            rows.append({**cell, **work, "quality": quality, "slower": cell["time"]["ratio"]["cpu"]["median"] > 1})
+    return rows
+
+
+def spans(example: dict[str, Any], num_layers: int) -> list[dict[str, Any]]:
+    """The tokens of an example as the page shows them: the space before, the letters, the layer, what to say of it."""
+    columns = zip(example["tokens"], example["layers"], example["confidences"])
+    return [
+        {
+            "space": token.startswith(SPACE),
+            "text": token.removeprefix(SPACE).replace(SPACE, " "),
+            "layer": layer,
+            "title": _title(layer, num_layers, confidence, place in example["differs"]),
+            "marked": place in example["differs"],
+        }
+        for place, (token, layer, confidence) in enumerate(columns)
+    ]
+
+
+def _title(layer: int, num_layers: int, confidence: float | None, marked: bool) -> str:
+    where = f"left after layer {layer} of {num_layers}" if layer < num_layers else f"ran all {num_layers} layers"
+    sure = "" if confidence is None else f", confidence {confidence:.2f}"
+    return where + sure + ("; full depth would have written another token here" if marked else "")

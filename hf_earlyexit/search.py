@@ -1,0 +1,83 @@
+"""Answers for where a setting is looked for: which candidates, in which order, and by what the cheapest is known."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from hf_earlyexit.candidates import Candidate, check_candidates, curve_candidates, default_curves
+from hf_earlyexit.loss_table import LossTable
+from hf_earlyexit.models import EarlyExitT5ForConditionalGeneration
+
+
+PARTS = ("select", "calibrate", "report")
+COSTS = ("time", "layers")
+ORDERS = ("pareto", "threshold")
+
+
+@dataclass(frozen=True)
+class Search:
+    """Where a setting is looked for, fixed before anyone has seen these inputs.
+
+    Attributes:
+        curves: Thresholds by curve (see `candidates.curve_candidates`); None: `candidates.CURVES`.
+        order: In which order settings are tested, until one fails. `"pareto"`: all curves together, from the smallest
+            loss to the smallest cost on the select part, without those that another one beats in both (Pareto testing,
+            arXiv 2210.07913). `"threshold"`: curve by curve, from conservative to eager.
+        finalists: With `"threshold"`, how many curves, of those that do best on the select part, are tested, each with
+            delta over that number.
+        cost: What the cheapest is chosen by: `"time"` beside the stock model, or `"layers"` per token. Both are
+            measured on the select part.
+        rounds: Batches of `Use.batch_size` that each candidate is timed on.
+        shares: Of the units, for the parts select, calibrate and report.
+        writing_batch_size: Inputs at once where nothing is timed and rows do not wait for each other.
+    """
+
+    curves: Mapping[str, Sequence[float]] | None = None
+    order: str = "pareto"
+    finalists: int = 1
+    cost: str = "time"
+    rounds: int = 9
+    shares: Mapping[str, float] = field(default_factory=lambda: dict(zip(PARTS, (0.2, 0.4, 0.4))))
+    writing_batch_size: int = 16
+
+    def __post_init__(self):
+        for name, known in (("cost", COSTS), ("order", ORDERS)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"`{name}` must be one of {list(known)}, got {getattr(self, name)!r}.")
+        if self.order == "pareto" and self.finalists != 1:
+            raise ValueError(
+                f"`finalists={self.finalists}` goes with `order='threshold'`: 'pareto' tests all at once."
+            )
+        for name, least in (("finalists", 1), ("rounds", 2), ("writing_batch_size", 1)):
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < least:
+                raise ValueError(f"`{name}` must be a whole number of at least {least}, got {getattr(self, name)!r}.")
+        if tuple(self.shares) != PARTS or min(self.shares.values()) < 0 or sum(self.shares.values()) > 1 + 1e-9:
+            raise ValueError(f"`shares` must be numbers for {list(PARTS)}, together at most 1, got {self.shares!r}.")
+
+    def candidates(self, model: EarlyExitT5ForConditionalGeneration, exits: Mapping[str, Any]) -> list[Candidate]:
+        """All that are tried, checked against the model."""
+        curves = self.curves or default_curves(model.early_exit)
+        found = [one for curve, thresholds in curves.items() for one in curve_candidates(curve, thresholds, **exits)]
+        check_candidates(found, model.early_exit, model.config.num_decoder_layers)
+        return found
+
+
+def curves_of(candidates: Sequence[Candidate]) -> list[str]:
+    return list(dict.fromkeys(one.curve for one in candidates))
+
+
+def pareto_front(table: LossTable, costs: Mapping[str, float], below: float) -> list[Candidate]:
+    """Of the candidates that cost less than `below`, those that no other one beats in both loss and cost; by loss."""
+    by_loss = sorted(zip(table.losses.mean(axis=0), (costs[name] for name in table.names), table.candidates), key=_key)
+    front: list[Candidate] = []
+    for _, cost, candidate in by_loss:
+        if cost < below:
+            front.append(candidate)
+            below = cost
+    return front
+
+
+def _key(entry: tuple[float, float, Candidate]) -> tuple[float, float]:
+    return entry[:2]

@@ -1,0 +1,74 @@
+"""Answers for the stock model inside an early-exit one: its weights in stock classes, whole or cut to some layers.
+
+The static truncated decoder is what early exit has to beat: it asks nobody, and every token leaves at the same layer.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+from transformers import DynamicCache, EncoderDecoderCache, T5Config, T5ForConditionalGeneration
+
+from hf_earlyexit.settings import CERTIFICATE, ExitSettings
+
+
+if TYPE_CHECKING:
+    from hf_earlyexit.models import EarlyExitT5ForConditionalGeneration
+
+
+def stock_of(model: EarlyExitT5ForConditionalGeneration, layers: int | None = None) -> T5ForConditionalGeneration:
+    """A stock T5 that shares this model's weights, in eval mode, without exits and exit settings.
+
+    Args:
+        model: Left as it is, also where the stock one is moved. Weights that are replaced in it later are not replaced
+            in the stock one.
+        layers: Of the decoder, counted from the first; all if None. A cut decoder speaks through the head of the exit
+            point there, so that one must be trained for it to make sense.
+
+    Raises:
+        ValueError: The model has no exit point after that many layers.
+    """
+    depth = model.config.num_decoder_layers
+    layers = depth if layers is None else layers
+    if layers not in (*model.early_exit.exit_layers, depth):
+        raise ValueError(f"`layers={layers}` is no exit point: {[*model.early_exit.exit_layers, depth]} are.")
+    with torch.device("meta"):
+        stock = T5ForConditionalGeneration(stock_config(model, layers))
+    stock.load_state_dict(_weights_of(model, layers), assign=True)
+    if layers < depth:
+        head = model.exit_heads.head_of(layers, stock.decoder.final_layer_norm)
+        same_weights = {id(weight): nn.Parameter(weight.detach()) for weight in head.parameters()}
+        stock.decoder.final_layer_norm = copy.deepcopy(head, same_weights)
+    stock.generation_config = copy.deepcopy(model.generation_config)
+    for name in (*ExitSettings.names(), CERTIFICATE):
+        stock.generation_config.__dict__.pop(name, None)
+    return stock.eval()
+
+
+def stock_generate(stock: T5ForConditionalGeneration, **kwargs):
+    """`generate`, also where the decoder is deeper than the encoder, by whose depth the library sizes the cache."""
+    if stock.config.num_decoder_layers > stock.config.num_layers:
+        kwargs["past_key_values"] = EncoderDecoderCache(DynamicCache(), DynamicCache())
+    return stock.generate(**kwargs)
+
+
+def stock_config(model: EarlyExitT5ForConditionalGeneration, layers: int) -> T5Config:
+    """The model's config as plain `t5`, with a decoder of that many layers."""
+    values = model.config.to_dict()
+    for name in ("model_type", "architectures", "transformers_version", "early_exit"):
+        values.pop(name, None)
+    config = T5Config(**{**values, "num_decoder_layers": layers})
+    config.scale_decoder_outputs = model.config.scale_decoder_outputs
+    config._attn_implementation = model.encoder.config._attn_implementation
+    return config
+
+
+def _weights_of(model: EarlyExitT5ForConditionalGeneration, layers: int) -> dict[str, torch.Tensor]:
+    """The stock model's weights, by its names."""
+    deeper = tuple(f"decoder.block.{layer}." for layer in range(layers, model.config.num_decoder_layers))
+    return {
+        name: tensor for name, tensor in model.state_dict().items() if not name.startswith(("exit_heads.", *deeper))
+    }

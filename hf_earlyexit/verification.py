@@ -1,0 +1,143 @@
+"""Answers for whether a certificate's promise holds on new inputs: the risk there, and whether that refutes it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from hf_earlyexit.bounds import p_values_of
+from hf_earlyexit.candidates import Candidate
+from hf_earlyexit.certificate import Certificate
+from hf_earlyexit.certified import uncertified
+from hf_earlyexit.data import Example, data_fingerprint
+from hf_earlyexit.fingerprint import weights_fingerprint
+from hf_earlyexit.intervals import mean_interval
+from hf_earlyexit.journal import Journal
+from hf_earlyexit.loss_table import record_losses
+from hf_earlyexit.losses import Loss
+from hf_earlyexit.models import EarlyExitT5ForConditionalGeneration
+from hf_earlyexit.writing import Writer
+
+
+LEVEL = 0.05  # of the test whether new inputs refute a promise
+
+
+@dataclass(frozen=True)
+class Verification:
+    """A certified setting on new inputs.
+
+    Attributes:
+        mean: Of the losses.
+        low, high: A 95 % bootstrap interval of it.
+        n: Units.
+        target: What was promised.
+        p_value: Of the hypothesis that the promise holds. Small: it does not hold for inputs like these.
+        mean_layers: Per token.
+        left_out: Inputs that the certificate was chosen or tested on, which prove nothing new.
+        differences: What is not as certified, such as the weights.
+    """
+
+    mean: float
+    low: float
+    high: float
+    n: int
+    target: float
+    p_value: float
+    mean_layers: float
+    left_out: int
+    differences: list[str]
+
+    @property
+    def refuted(self) -> bool:
+        """Whether the risk of inputs like these is shown to be above the target."""
+        return self.p_value <= LEVEL
+
+    def in_words(self) -> str:
+        """What came of it, in a sentence or two."""
+        found = f"mean loss {self.mean:.4f} (95 % interval {self.low:.4f} to {self.high:.4f}) on {self.n} new units"
+        if self.refuted:
+            verdict = f"REFUTED for inputs like these (p = {self.p_value:.2g})"
+        elif self.mean > self.target:
+            verdict = f"above it here, not so clearly that the promise is refuted (p = {self.p_value:.2g})"
+        else:
+            verdict = "kept here"
+        return f"Promised: at most {self.target:g}. Found: {found}. The promise is {verdict}."
+
+
+def verify_certificate(
+    model: EarlyExitT5ForConditionalGeneration,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Example],
+    loss: Loss,
+    certificate: Certificate | None = None,
+    *,
+    batch_size: int = 16,
+    path: str | Path | None = None,
+) -> Verification:
+    """Compute the risk of a certified setting anew, on inputs that the certificate has not seen.
+
+    Args:
+        model: In eval mode; left as it is.
+        tokenizer: Of the model.
+        examples: Distinct inputs. Those that the certificate was chosen or tested on are left out.
+        loss: The certificate's, as an object.
+        certificate: The model's own if None.
+        batch_size: Inputs at once, where the certificate is not of batches.
+        path: A journal: a run that was cut off goes on from it.
+
+    Raises:
+        ValueError: There is no certificate, it is of another loss, or no input is left.
+    """
+    certificate = model.exit_certificate if certificate is None else certificate
+    _check(certificate, loss)
+    new = certificate.unseen(examples)
+    rows = certificate.generation["batch_size"]
+    if len(new) < max(1, rows or 1):
+        raise ValueError(f"`examples` has {len(new)} inputs that the certificate has not seen: give other ones.")
+    weights = weights_fingerprint(model)
+    writer = Writer(
+        uncertified(model),
+        tokenizer,
+        batch_size=rows or batch_size,
+        generation=certificate.decoding,
+        max_source_tokens=certificate.data["max_source_tokens"],
+        journal=Journal(path, {"weights": weights, "inputs": data_fingerprint(new), "setting": certificate.setting}),
+    )
+    candidate = Candidate(certificate.name, None, certificate.setting)
+    table = record_losses(writer, new, [candidate], loss, "verify", rows)
+    losses = table.column(candidate)
+    return Verification(
+        **mean_interval(losses),
+        n=len(losses),
+        target=certificate.target,
+        p_value=_p_value_of_the_promise(losses, certificate),
+        mean_layers=float(table.layers[0]),
+        left_out=len(examples) - len(new),
+        differences=_differences(model, certificate, weights),
+    )
+
+
+def _check(certificate: Certificate | None, loss: Loss) -> None:
+    if certificate is None:
+        raise ValueError("The model has no certificate: calibrate it (`hf-earlyexit calibrate`), or pass one.")
+    if loss.name != certificate.loss["name"]:
+        raise ValueError(f"`loss` is {loss.name!r}, the certificate is about {certificate.loss['name']!r}: pass that.")
+
+
+def _p_value_of_the_promise(losses: np.ndarray, certificate: Certificate) -> float:
+    """Of "the risk is at most the target": the losses turned round, and a bound that holds for all of them."""
+    lower, upper = certificate.loss["lower"], certificate.loss["upper"]
+    gains = (upper - losses) / (upper - lower)
+    order = np.random.default_rng(0).permutation(len(gains))
+    unit_target = (upper - certificate.target) / (upper - lower)
+    return float(p_values_of(gains[order, None], unit_target, bound="wsr", delta=LEVEL)[0])
+
+
+def _differences(model: EarlyExitT5ForConditionalGeneration, certificate: Certificate, weights: str) -> list[str]:
+    """What is not as certified, though the setting and the decoding are."""
+    same = {**certificate.generation, "dtype": str(model.dtype).removeprefix("torch.")}
+    return certificate.differences(same) + (["weights"] if weights != certificate.weights else [])

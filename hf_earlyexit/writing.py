@@ -1,0 +1,121 @@
+"""Answers for what a model writes for many inputs in some way: texts, tokens, layers, and the work of all.
+
+Batches are padded, in the order of the inputs, and kept in a journal, so that a run can be taken up in the middle.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from tqdm import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from hf_earlyexit.candidates import Candidate
+from hf_earlyexit.data import Example
+from hf_earlyexit.journal import Journal
+
+
+WORK = ("layer_rows", "filled_positions", "head_rows")
+
+
+@dataclass(frozen=True)
+class Text:
+    """What was written for one input.
+
+    Attributes:
+        text: Without special tokens.
+        tokens: The new ids, its end token included.
+        layers_run: Of each of them.
+    """
+
+    text: str
+    tokens: list[int]
+    layers_run: list[int]
+
+
+@dataclass(frozen=True)
+class Writing:
+    """What was written for all inputs, in their order, and the work that was executed for it, by layer."""
+
+    texts: list[Text]
+    work: dict[str, list[int]]
+
+
+class Writer:
+    """A model that writes for inputs, batch by batch.
+
+    Args:
+        model: In eval mode, where it is.
+        tokenizer: Of the model; it must have a padding token.
+        batch_size: Inputs at once.
+        generation: Keywords of `generate` besides the exits, such as `max_new_tokens`.
+        max_source_tokens: Longer inputs are cut; None: never.
+        journal: Where batches are kept.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        batch_size: int = 8,
+        generation: dict[str, Any] | None = None,
+        max_source_tokens: int | None = None,
+        journal: Journal | None = None,
+    ):
+        self.model, self.tokenizer = model, tokenizer
+        self.batch_size, self.max_source_tokens = batch_size, max_source_tokens
+        self.generation = generation or {}
+        self.journal = journal or Journal(None, {})
+
+    def batches(self, examples: Sequence[Example], size: int | None = None) -> Iterator[dict[str, Any]]:
+        """Padded batches of inputs in order, with what `generate` is told besides the exits."""
+        size = size or self.batch_size
+        for start in range(0, len(examples), size):
+            texts = [example.source for example in examples[start : start + size]]
+            cut = {"truncation": True, "max_length": self.max_source_tokens} if self.max_source_tokens else {}
+            encoded = self.tokenizer(texts, return_tensors="pt", padding=True, **cut).to(self.model.device)
+            yield {**encoded, **self.generation}
+
+    def write(self, examples: Sequence[Example], candidate: Candidate, part: str) -> Writing:
+        """What the candidate writes for all inputs.
+
+        Args:
+            examples: The inputs, in the same order in every run with this journal.
+            candidate: How.
+            part: The name of these inputs in the journal.
+        """
+        entries = []
+        with tqdm(total=len(examples), desc=f"{part}: {candidate.name}", unit="input", leave=False) as progress:
+            for number, batch in enumerate(self.batches(examples)):
+                key = f"{part} | {candidate.name} | batch {number} of {self.batch_size}"
+                if key not in self.journal:
+                    self.journal.add(key, self._write_batch(batch, candidate))
+                entries.append(self.journal[key])
+                progress.update(len(batch["input_ids"]))
+        texts = [Text(**text) for entry in entries for text in entry["texts"]]
+        work = {name: [sum(counts) for counts in zip(*(entry["work"][name] for entry in entries))] for name in WORK}
+        return Writing(texts, work)
+
+    def _write_batch(self, batch: dict[str, Any], candidate: Candidate) -> dict[str, Any]:
+        """The texts and the work of one batch, as plain values."""
+        output = self.model.generate(**batch, **candidate.keywords, return_dict_in_generate=True)
+        if output.get("layers_run") is None:
+            raise ValueError("The model's generation_config asks for what exits do not go with: clear it there.")
+        if len(output.sequences) != len(batch["input_ids"]):
+            raise ValueError("`num_return_sequences` must be 1: what an input loses is looked at for one text of it.")
+        texts = self.tokenizer.batch_decode(output.sequences, skip_special_tokens=True)
+        new_tokens = output.sequences[:, -output.layers_run.shape[1] :].tolist()
+        written = map(_text_of, texts, new_tokens, output.layers_run.tolist())
+        return {
+            "texts": [asdict(text) for text in written],
+            "work": {name: getattr(output, name).tolist() for name in WORK},
+        }
+
+
+def _text_of(text: str, tokens: list[int], layers_run: list[int]) -> Text:
+    """Without what follows the end, where no layer ran."""
+    layers = [layer for layer in layers_run if layer]
+    return Text(text, tokens[: len(layers)], layers)

@@ -1,0 +1,38 @@
+"""A certificate for a model, as a calibration would make it, without one."""
+
+from __future__ import annotations
+
+from hf_earlyexit.certificate import Certificate, versions
+from hf_earlyexit.certified import uncertified
+from hf_earlyexit.fingerprint import weights_fingerprint
+from hf_earlyexit.settings import ExitSettings
+
+
+def certificate_for(
+    model, setting: dict, *, certified: bool = True, rows: int | None = None, **decoding
+) -> Certificate:
+    """Of this setting and this decoding; not certified: of full depth."""
+    bare = uncertified(model)
+    conditions = bare.conditions_of(ExitSettings.merge(setting, None, None), {"kwargs": decoding, **decoding})
+    return Certificate(
+        certified=certified,
+        reason="" if certified else "no setting was shown to keep the target",
+        name="softmax 0.5" if certified else "full depth",
+        setting=setting if certified else {"early_exit": False},
+        loss={"name": "text_distance", "description": "distance", "against": "full depth", "lower": 0.0, "upper": 1.0},
+        target=0.1,
+        delta=0.1,
+        method="ltt",
+        bound="wsr",
+        n=100,
+        unit="input",
+        risk={"mean": 0.01, "upper_bound": 0.05, "p_value": 0.01, "cost": 0.6} if certified else None,
+        cost={"name": "time", "unit": "of stock's time, batch 1"},
+        table=[],
+        split={"counts": {}, "hashes": {"select": [], "calibrate": [], "report": []}},
+        data={"name": "", "fingerprint": "", "max_source_tokens": None},
+        weights=weights_fingerprint(model),
+        generation=conditions | {"batch_size": rows},
+        versions=versions(),
+        created="2026-01-31",
+    )

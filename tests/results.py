@@ -1,0 +1,247 @@
+"""Results of an evaluation that never took place: small, whole, and the same every time.
+
+Tokens leave the earlier the lower the threshold is; what leaves early loses ROUGE-L, on long inputs more. Asking
+costs, and in larger batches more, so that early exit is faster than stock one text at a time and slower in batches.
+"""
+
+from __future__ import annotations
+
+from operator import mul
+from random import Random
+from statistics import fmean, stdev
+from typing import Any
+
+
+NUM_LAYERS = 8
+CURVES = {"softmax:2,4,6": (0.3, 0.5, 0.9), "state": (0.93, 0.97, 0.99), "classifier": (0.5, 0.8, 0.95)}
+ASKING = {"softmax": 0.16, "state": 0.02, "classifier": 0.05}
+LOSING = {"full depth": 0, "static decoder": 45, "softmax:2,4,6": 20, "state": 42, "classifier": 26}
+TOKENS = ["▁The", "▁Vau", "lt", "▁is", "▁a", "▁cheap", "▁pub", "▁near", "▁Caf", "é", "▁Adriatic", ".", "</s>"]
+
+
+def make_results(
+    certificate: str | None = "certified",
+    count: int = 24,
+    sizes: tuple[int, ...] = (1, 8),
+    curves: dict[str, tuple[float, ...]] = CURVES,
+) -> dict[str, Any]:
+    """The values of a results file.
+
+    Args:
+        certificate: "certified", "not certified", "crc" or None.
+        count: Inputs.
+        sizes: Of the batches.
+        curves: Thresholds by curve.
+    """
+    made = Maker(count)
+    made.add("full depth", None, "row", sizes, NUM_LAYERS)
+    for depth in range(1, NUM_LAYERS):
+        made.add("static decoder", depth, "row", sizes, depth)
+    for curve, thresholds in curves.items():
+        for place, threshold in enumerate(sorted(thresholds), 1):
+            layers = 2.5 + 5.3 * place / len(thresholds)
+            made.add(curve, threshold, "row", sizes, layers)
+            for size in sizes:
+                made.add(curve, threshold, "batch", [size], min(NUM_LAYERS, layers + 0.5 * (size - 1) ** 0.5))
+    return {
+        "format": 1,
+        "asked": {
+            "model": "t5-e2e",
+            "data": "validation.csv",
+            "weights": "ab" * 32,
+            "inputs": "cd" * 32,
+            "max_new_tokens": 64,
+            "batch_sizes": list(sizes),
+            "batch_rules": ["row", "batch"],
+            "rounds": 31,
+            "points": 2.0,
+        },
+        "environment": {"python": "3.11.7", "torch": "2.13.0+cpu", "cpu": "A <fast> one & two cores", "cores": "2"},
+        "commit": "abc1234",
+        "started": "2026-11-25",
+        "num_layers": NUM_LAYERS,
+        "inputs": {"count": count, "source_tokens": made.source_tokens, "full_depth_tokens": made.full_depth_tokens},
+        "quality": made.quality,
+        "cells": made.cells,
+        "reliability": {
+            name: _reliability(first) for name, first in (("softmax", 0), ("state", 6), ("classifier", 0))
+        },
+        "examples": [_example("describe: <script>alert(1)</script> & more"), _example("describe: name[The Vault]")],
+        "certificate": None if certificate is None else make_certificate(certificate, curves),
+    }
+
+
+class Maker:
+    """Qualities and their cells."""
+
+    def __init__(self, count: int):
+        self.random = Random(0)
+        self.source_tokens = [20 + self.random.randrange(60) for _ in range(count)]
+        self.full_depth_tokens = [10 + tokens // 3 + self.random.randrange(12) for tokens in self.source_tokens]
+        self.base = [self.random.uniform(50, 90) for _ in range(count)]
+        self.quality: dict[str, Any] = {}
+        self.cells: list[dict[str, Any]] = []
+
+    def add(self, curve: str, threshold: float | None, rule: str, sizes: tuple[int, ...], layers: float) -> None:
+        name = curve if threshold is None else f"{curve} {threshold:g}"
+        shared = {"name": name, "curve": curve, "threshold": threshold, "batch_exit": rule}
+        key = name if rule == "row" else f"{name} batch {sizes[0]}"
+        size = None if rule == "row" else sizes[0]
+        self.quality[key] = {**shared, "keywords": {}, "batch_size": size, **self._quality(curve, layers)}
+        self.cells += [
+            {**shared, "quality": key, "batch_size": size, "load": [1.0 + size / 10, 1.1, 1.2]}
+            | {"time": self._time(curve, rule, size, layers)}
+            for size in sizes
+        ]
+
+    def _quality(self, curve: str, layers: float) -> dict[str, Any]:
+        skipped = 1 - layers / NUM_LAYERS
+        lost = LOSING[curve] * skipped**2.2
+        own = [
+            {
+                "rougeL": base - lost * self.random.gauss(1, 1.5) * (0.7 + tokens / 100),
+                "consistency": 100 - 90 * skipped**1.3 * self.random.uniform(0.6, 1.2) if lost else 100.0,
+                "layers": min(NUM_LAYERS, layers + (tokens - 30) / 40 * (curve in CURVES)),
+                "tokens": max(1, tokens - self.random.randrange(3) * bool(lost)),
+            }
+            for base, tokens in zip(self.base, self.full_depth_tokens)
+        ]
+        columns = {key: [one[key] for one in own] for key in own[0]}
+        tokens = sum(columns["tokens"])
+        rouge, layers = columns["rougeL"], sum(map(mul, columns["layers"], columns["tokens"])) / tokens
+        scores = {"rouge1": [one + 12 for one in rouge], "rouge2": [one - 8 for one in rouge], "rougeL": rouge}
+        scores |= {"consistency": columns["consistency"], "equal_texts": [100.0 * (not lost) for _ in own]}
+        rows = [round(tokens * min(1.0, max(0.0, layers - layer + 1))) for layer in range(1, NUM_LAYERS + 1)]
+        return {
+            "scores": {name: _mean(values) for name, values in scores.items()}
+            | {"bleu": {"mean": 67.0 - lost, "low": None, "high": None}},
+            "mean_layers": {"mean": layers, "low": layers - 0.1, "high": layers + 0.1},
+            "tokens": tokens,
+            "distribution": _distribution(layers, curve),
+            "work": {"layer_rows": rows, "filled_positions": [0] * NUM_LAYERS, "head_rows": [*rows, tokens]},
+            "per_input": columns,
+        }
+
+    def _time(self, curve: str, rule: str, size: int, layers: float) -> dict[str, Any]:
+        asking = ASKING.get(curve.partition(":")[0], 0.0)
+        split = 0.0 if rule == "batch" or not asking else 0.09 * (size - 1) ** 0.55
+        ratio = 0.08 + 0.9 * layers / NUM_LAYERS + asking + split * (1 - layers / (NUM_LAYERS + 2))
+        ratio *= self.random.uniform(0.98, 1.02)
+        stock = 0.4 * size**0.3
+        spread = {"median": ratio, "iqr": 0.04}
+        return {
+            "ratio": {"wall": spread, "cpu": spread},
+            "ours": _seconds(stock * ratio, size, ratio),
+            "stock": _seconds(stock, size, 1.0),
+        }
+
+
+def _mean(values: list[float]) -> dict[str, float]:
+    mean, error = fmean(values), stdev(values) / len(values) ** 0.5
+    return {"mean": mean, "low": mean - 1.96 * error, "high": mean + 1.96 * error}
+
+
+def _distribution(layers: float, curve: str) -> list[float]:
+    if curve in ("full depth", "static decoder"):
+        return [float(layer == layers) for layer in range(1, NUM_LAYERS + 1)]
+    last = (layers - 2) / (NUM_LAYERS - 2)
+    early = [2.0 ** -abs(layer - layers / 2) for layer in range(1, NUM_LAYERS)]
+    return [(1 - last) * share / sum(early) for share in early] + [last]
+
+
+def _seconds(seconds: float, size: int, ratio: float) -> dict[str, Any]:
+    spread, step = {"median": seconds, "iqr": 0.03}, 6.0 * ratio * size**0.3
+    return {
+        "seconds": {"wall": spread, "cpu": spread},
+        "tokens_per_second": 28 * size / seconds,
+        "inter_token_ms": {"median": step, "p95": 1.7 * step},
+        "first_token_ms": {"median": 2 * step, "p95": 3 * step},
+        "encoder_ms": {"median": 18.0 * size**0.3, "p95": 25.0 * size**0.3},
+    }
+
+
+def _reliability(first: int) -> dict[str, list[dict[str, float]]]:
+    """Bins from `first` on, sure of more than they should be in early layers."""
+    return {
+        str(layer): [
+            {
+                "confidence": (place + 0.5) / 10,
+                "agreement": ((place + 0.5) / 10) ** (2.2 - 0.2 * layer) * (0.8 + 0.025 * layer),
+                "count": 15 * place**2 + 9,
+            }
+            for place in range(first, 10)
+        ]
+        for layer in range(1, NUM_LAYERS)
+    }
+
+
+def _example(text: str) -> dict[str, Any]:
+    layers = [2, 6, 4, 2, 2, NUM_LAYERS, 4, 6, NUM_LAYERS, 2, 4, 2, 2]
+    return {
+        "name": "softmax:2,4,6 0.5",
+        "input": text,
+        "full_text": "The Vaults is a cheap pub near Café Adriatic.",
+        "references": ["The Vaults pub near Café Adriatic is cheap."],
+        "tokens": TOKENS,
+        "layers": layers,
+        "confidences": [None if layer == NUM_LAYERS else 0.5 + layer / 20 for layer in layers],
+        "differs": [2],
+    }
+
+
+def make_certificate(kind: str, curves: dict[str, tuple[float, ...]] = CURVES) -> dict[str, Any]:
+    """A certificate: "certified", "not certified" or "crc"."""
+    certified, expected = kind != "not certified", kind == "crc"
+    setting = {"exit_criterion": "softmax", "exit_threshold": 0.5, "exit_layers": [2, 4, 6]}
+    return {
+        "format": 1,
+        "certified": certified,
+        "loss": {
+            "name": "rougeL_drop",
+            "description": "drop of ROUGE-L (best of the references)",
+            "against": "references",
+            "lower": 0.0 if expected else -1.0,
+            "upper": 1.0,
+        },
+        "target": 0.02,
+        "delta": None if expected else 0.1,
+        "method": "crc" if expected else "ltt",
+        "bound": None if expected else "wsr",
+        "n": 219,
+        "unit": "input",
+        "setting": setting if certified else {"early_exit": False},
+        "exit_points": [2, 4, 6] if certified else [],
+        "name": "softmax:2,4,6 0.5" if certified else "full depth",
+        "risk": {"mean": 0.004, "upper_bound": 0.017, "p_value": None if expected else 0.03, "cost": 0.58}
+        if certified
+        else None,
+        "cost": {"name": "time", "unit": "of stock's time, batch 1"},
+        "table": [
+            _tested(curve, threshold, place, certified and place < 2 and curve != "state", expected)
+            for curve, thresholds in curves.items()
+            for place, threshold in enumerate(sorted(thresholds, reverse=True))
+        ],
+        "report": {"n": 219, "mean": 0.01, "low": 0.002, "high": 0.018, "mean_layers": 4.6, "cost": 0.6}
+        if certified
+        else None,
+        "split": {"counts": {"select": 109, "calibrate": 219, "report": 219}, "hashes": {}},
+        "data": {"name": "validation.csv", "fingerprint": "cd" * 32},
+        "weights": "ab" * 32,
+        "generation": {"max_new_tokens": 64, "num_beams": 1, "do_sample": False, "batch_exit": "row"}
+        | {"batch_size": None, "dtype": "float32"},
+        "versions": {"hf_earlyexit": "0.1.0", "transformers": "5.23.0", "torch": "2.13.0"},
+        "created": "2026-11-25",
+    }
+
+
+def _tested(curve: str, threshold: float, place: int, accepted: bool, expected: bool) -> dict[str, Any]:
+    return {
+        "name": f"{curve} {threshold:g}",
+        "curve": curve,
+        "threshold": threshold,
+        "mean": 0.004 * place**2,
+        "upper_bound": 0.012 + 0.004 * place**2,
+        "p_value": None if expected else 0.01 if accepted else 0.4,
+        "cost": 0.9 - 0.15 * place,
+        "accepted": accepted,
+    }

@@ -1,0 +1,152 @@
+"""The verbs about quality, from the shipped model to a certificate, results and a page."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from hf_earlyexit import EarlyExitT5ForConditionalGeneration
+from hf_earlyexit.certificate import FILE, Certificate
+from hf_earlyexit.cli import main
+from hf_earlyexit.data import short_hash
+from hf_earlyexit.default import CHECKPOINT, default_examples, load_default
+from tests.command_line import errors_of
+
+
+pytest.importorskip("scipy.stats")
+SCRIPT = Path(__file__).parent.parent / "scripts/evaluate_exits.py"
+QUICK = ["--max-new-tokens", "6"]
+PROMISE = ["--target", "0.9", "--curve", "softmax:1,2", "0.0", "0.9", "--cost", "layers"]
+
+
+def write_rows(path: Path, examples, references: int = 2) -> Path:
+    """As E2E NLG: a row for each reference, the input without its prefix."""
+    with open(path, "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["mr", "ref"])
+        for one in examples:
+            writer.writerows([[one.source.removeprefix("describe: "), text] for text in one.references[:references]])
+    return path
+
+
+@pytest.fixture(scope="module")
+def certified(tmp_path_factory):
+    """The shipped model, calibrated by the verb on 40 of its inputs."""
+    folder = tmp_path_factory.mktemp("quality") / "certified"
+    flags = ["--max-inputs", "40", "--output-dir", str(folder), "--losses", str(folder.parent / "losses.csv")]
+    assert main(["calibrate", *PROMISE, *QUICK, *flags]) == 0
+    return folder
+
+
+def test_calibrate_saves_a_checkpoint_that_leaves_as_certified(certified, capsys):
+    certificate = Certificate.load(certified / FILE)
+    assert certificate.certified and certificate.n == 16 and certificate.target == 0.9
+    assert certificate.data["name"] == "e2e-validation.csv.gz"
+    assert (certified / "model.safetensors").read_bytes() == (CHECKPOINT / "model.safetensors").read_bytes()
+    model = EarlyExitT5ForConditionalGeneration.from_pretrained(certified, dtype=torch.float32).eval()
+    _, tokenizer = load_default()
+    batch = tokenizer([default_examples()[50].source], return_tensors="pt")
+    output = model.generate(**batch, strict_certificate=True, return_dict_in_generate=True)
+    assert output.sequences.shape[1] <= 7 and set(output.layers_run.flatten().tolist()) <= {1, 2, 8}
+    with open(certified.parent / "losses.csv", newline="") as file:
+        rows = list(csv.reader(file))
+    assert len(rows) == 17 and rows[0][1:] == [row["name"] for row in certificate.table]
+
+
+def test_calibrate_says_what_it_found_and_goes_on_from_its_journal(certified, capsys, monkeypatch):
+    kind = EarlyExitT5ForConditionalGeneration
+    monkeypatch.setattr(kind, "generate", lambda *args, **kwargs: pytest.fail("something was generated again"))
+    assert main(["calibrate", *PROMISE, *QUICK, "--max-inputs", "40", "--output-dir", str(certified)]) == 0
+    text = capsys.readouterr().out
+    certificate = Certificate.load(certified / FILE)
+    assert " ".join(certificate.in_words().split()) in " ".join(text.split())
+    assert all(row["name"] in text and f"{row['upper_bound']:.4f}" in text for row in certificate.table)
+
+
+def test_verify_certificate_tries_new_inputs(certified, tmp_path, capsys):
+    file = write_rows(tmp_path / "new.csv", default_examples()[20:60])
+    flags = ["--model", str(certified), "--file", str(file), "--group-by", "mr", "--prefix", "describe: "]
+    assert main(["verify-certificate", *flags]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    seen = Certificate.load(certified / FILE).split["hashes"]
+    known = {*seen["select"], *seen["calibrate"]}
+    left_out = sum(short_hash(one) in known for one in default_examples()[20:60])
+    assert f"left out: {left_out} inputs" in text and f"on {40 - left_out} new units" in text and left_out > 0
+    false = shutil.copytree(certified, tmp_path / "false")
+    (false / FILE).write_text(json.dumps(json.loads((certified / FILE).read_text()) | {"target": 0.001}))
+    assert main(["verify-certificate", "--model", str(false), *flags[2:]]) == 1
+    assert "REFUTED" in capsys.readouterr().out
+
+
+def test_evaluate_and_report(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    pytest.importorskip("jinja2")
+    output = tmp_path / "results.json"
+    grid = ["--curve", "classifier", "0.7", "--batch-sizes", "1", "2", "--batch-rules", "row", "--rounds", "2"]
+    assert main(["evaluate", "--max-inputs", "4", *QUICK, *grid, "--output", str(output)]) == 0
+    *lines, last = capsys.readouterr().out.splitlines()
+    assert json.loads(last) == {"output": str(output), "cells": 18, "inputs": 4}
+    assert any(line.startswith("classifier 0.7") for line in lines)
+    results = json.loads(output.read_text())
+    assert results["asked"]["model"] == "t5-e2e" and results["asked"]["data"] == "e2e-validation.csv.gz"
+    assert main(["report", str(output), "--png", str(tmp_path / "figures")]) == 0
+    written = capsys.readouterr().out.split()
+    assert written[0] == str(tmp_path / "results.html") and all(Path(path).is_file() for path in written)
+    assert "classifier 0.7" in Path(written[0]).read_text() and len(written) > 3
+
+
+def test_the_script_is_the_verb(tmp_path):
+    command = [sys.executable, str(SCRIPT), "--curve", "softmx", "0.5", "--output", "results.json"]
+    ran = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert ran.returncode == 2 and "got 'softmx'" in ran.stderr and not list(tmp_path.iterdir())
+
+
+def test_unseen_inputs_are_those_of_the_report_part(certified, tmp_path):
+    file = write_rows(tmp_path / "inputs.csv", default_examples()[:40])
+    flags = ["--model", str(certified), "--file", str(file), "--prefix", "describe: ", "--unseen", *QUICK]
+    grid = ["--curve", "state", "0.9", "--batch-sizes", "4", "--batch-rules", "row", "--rounds", "2"]
+    assert main(["evaluate", *flags, *grid, "--output", str(tmp_path / "results.json")]) == 0
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["inputs"]["count"] == 16 and results["certificate"]["n"] == 16
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["calibrate", "--target", "0.1", "--output-dir", "no/where"], "--output-dir no/where: there is no folder"),
+        (
+            ["calibrate", "--target", "2", "--output-dir", "x"],
+            "`target` must be a number above 0 and below 1.0, got 2.0",
+        ),
+        (["calibrate", "--target", "0.1", "--loss", "rouge", "--output-dir", "x"], "`loss` must be one of"),
+        (["calibrate", "--target", "0.1", "--max-inputs", "20", "--output-dir", "x"], "25 are needed"),
+        (["calibrate", "--target", "0.1", "--curve", "softmax", "often", "--output-dir", "x"], "--curve takes a name"),
+        (["calibrate", "--target", "0.1", "--model", "x", "--output-dir", "x"], "--model needs --file"),
+        (["calibrate", "--target", "0.1", "--prefix", "a", "--output-dir", "x"], "--prefix goes with --file"),
+        (["calibrate", "--target", "0.1", "--file", "rows.csv", "--output-dir", "x"], "rows repeat an input"),
+        (["calibrate", "--target", "0.1", "--file", "rows.txt", "--output-dir", "x"], "must end in one of"),
+        (["calibrate", "--target", "0.1", "--batch-exit", "rows", "--output-dir", "x"], "`batch_exit` must be one of"),
+        (["verify-certificate"], "has no certificate: make one with"),
+        (["evaluate", "--output", "no/where.json"], "--output no/where.json: there is no folder"),
+        (["evaluate", "--output", "x", "--unseen"], "--unseen needs a model with a certificate"),
+        (["evaluate", "--output", "x", "--batch-rules", "rows"], "`batch_exit` must be one of"),
+        (["evaluate", "--output", "x", "--device", "nonsense"], "--device nonsense cannot be used"),
+        (["report", "rows.csv"], "rows.csv is not JSON"),
+        (["report", "nowhere.json"], "nowhere.json: No such file"),
+        (["report", "rows.csv", "--html", "no/where.html"], "--html no/where.html: there is no folder"),
+    ],
+)
+def test_bad_arguments_are_refused_before_any_work(arguments, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write_rows(tmp_path / "rows.csv", default_examples()[:3])
+    kind = EarlyExitT5ForConditionalGeneration
+    monkeypatch.setattr(kind, "generate", lambda *args, **kwargs: pytest.fail("something was generated"))
+    assert message in errors_of(arguments, capsys)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["rows.csv"]

@@ -1,0 +1,94 @@
+"""The shipped model's recorded losses as a population: how often does what is chosen on a draw break its promise?
+
+Losses of all 547 validation inputs, full depth against each setting, as `calibrate_model` records them.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from hf_earlyexit.calibration import calibrate
+from hf_earlyexit.losses import LOSSES
+
+
+RECORDED = Path(__file__).parent / "data/shipped-losses.csv.gz"
+DRAWS, N, DELTA = 1000, 200, 0.1
+MOST_FAILURES = DELTA + 3 * math.sqrt(DELTA * (1 - DELTA) / DRAWS)
+
+
+def recorded(loss: str, curve: str) -> np.ndarray:
+    """`[547, K]`, conservative to eager."""
+    with gzip.open(RECORDED, "rt", newline="") as file:
+        header, *rows = csv.reader(file)
+    columns = [place for place, name in enumerate(header) if name.rpartition(" ")[0] == f"{loss} {curve}"]
+    return np.array(rows, dtype=np.float64)[:, columns]
+
+
+def chosen_risks(population: np.ndarray, **asked) -> np.ndarray:
+    """The population risk of what is chosen in each draw, with replacement; never exiting risks 0."""
+    generator, risks = np.random.default_rng(0), population.mean(axis=0)
+    costs = -np.arange(population.shape[1])
+    draws = (population[generator.integers(len(population), size=N)] for _ in range(DRAWS))
+    indices = [calibrate(draw, costs, delta=DELTA, **asked).index for draw in draws]
+    return np.array([0.0 if index is None else risks[index] for index in indices])
+
+
+def just_above(population: np.ndarray, target: float) -> float:
+    """A target that the first setting above `target` misses by a hair, which is the hardest."""
+    risks = population.mean(axis=0)
+    column = int((risks > target).argmax())
+    assert risks[column] > target
+    return float(risks[column] - 1e-4)
+
+
+CURVES = ("softmax:2,4,6", "classifier")
+TARGETS = {"text_distance": 0.2, "rougeL_drop": 0.02}
+
+
+@pytest.mark.parametrize("curve", CURVES)
+@pytest.mark.parametrize("loss", TARGETS)
+def test_what_is_chosen_on_a_draw_keeps_the_promise_of_the_documentation(loss, curve):
+    risks = chosen_risks(recorded(loss, curve), target=TARGETS[loss], bound="wsr", loss_lower=LOSSES[loss].lower)
+    assert (risks > TARGETS[loss]).mean() <= MOST_FAILURES
+    assert (risks != 0).mean() > 0.7, "and something is chosen"
+
+
+@pytest.mark.parametrize("curve", CURVES)
+@pytest.mark.parametrize("loss", TARGETS)
+@pytest.mark.parametrize(("method", "bound"), [("ucb", "wsr"), ("ltt", "hb"), ("ucb", "hoeffding")])
+def test_the_hardest_promises_are_kept(loss, method, bound, curve):
+    """Where bounds pay for the width of signed losses, these are clipped."""
+    if bound == "hb":
+        pytest.importorskip("scipy.special")
+    if (loss, bound) == ("rougeL_drop", "hoeffding"):
+        pytest.skip("would need thousands of inputs")
+    population, lower = recorded(loss, curve), LOSSES[loss].lower if bound == "wsr" else 0.0
+    target = just_above(population.clip(lower), TARGETS[loss])
+    risks = chosen_risks(population.clip(lower), target=target, method=method, bound=bound, loss_lower=lower)
+    assert (risks > target).mean() <= MOST_FAILURES
+
+
+@pytest.mark.parametrize("curve", CURVES)
+@pytest.mark.parametrize("loss", TARGETS)
+def test_the_mean_risk_of_conformal_risk_control_is_at_most_the_target(loss, curve):
+    target = just_above(recorded(loss, curve), TARGETS[loss])
+    risks = chosen_risks(recorded(loss, curve), target=target, method="crc", loss_lower=LOSSES[loss].lower)
+    assert risks.mean() <= target + 3 * risks.std() / math.sqrt(DRAWS)
+
+
+def test_to_take_what_looks_good_breaks_the_promise():
+    """Without a bound, the last setting whose mean loss is at most the target is too eager in many draws."""
+    population = recorded("text_distance", "softmax:2,4,6")
+    target, generator, risks = just_above(population, 0.2), np.random.default_rng(0), population.mean(axis=0)
+    failures = 0
+    for _ in range(DRAWS):
+        means = population[generator.integers(len(population), size=N)].mean(axis=0)
+        good = int(np.logical_and.accumulate(means <= target).sum())
+        failures += good > 0 and risks[good - 1] > target
+    assert failures / DRAWS > 3 * MOST_FAILURES
