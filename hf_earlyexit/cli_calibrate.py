@@ -90,7 +90,7 @@ def add_search_arguments(group) -> None:
         "--finalists", type=positive, default=1, metavar="N", help="with threshold: curves that are tested (1)"
     )
     group.add_argument("--cost", choices=("time", "layers"), default="time", help="what is to be low (time)")
-    group.add_argument("--rounds", type=positive, default=9, metavar="N", help="batches to time each setting on (9)")
+    group.add_argument("--rounds", type=positive, default=31, metavar="N", help="batches to time each setting on (31)")
     group.add_argument(
         "--shares", type=float, nargs=3, default=(0.2, 0.4, 0.4), metavar="X", help="of the three parts (0.2 0.4 0.4)"
     )

@@ -60,7 +60,6 @@ def _refuse_without_file(arguments: argparse.Namespace) -> None:
 
 def data_name(arguments: argparse.Namespace) -> str:
     """The file's name, without where it lies."""
-
     from hf_earlyexit.default import VALIDATION
 
     return Path(arguments.file or VALIDATION).name

@@ -79,7 +79,7 @@ def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
 
 def evaluate(arguments: argparse.Namespace) -> int:
     """The verb `evaluate`."""
-    check_parent("--output", arguments.output)
+    check_files(arguments)
     check_device(arguments.device)
     curves = curves_of(arguments.curve)
     from hf_earlyexit.evaluation import evaluate_model
@@ -96,14 +96,28 @@ def evaluate(arguments: argparse.Namespace) -> int:
         grid,
         generation={"max_new_tokens": arguments.max_new_tokens} if arguments.max_new_tokens else {},
         max_source_tokens=arguments.max_source_tokens,
-        path=arguments.journal or f"{arguments.output}.journal",
+        path=journal_of(arguments),
         data_name=data_name(arguments),
     )
     Path(arguments.output).write_text(json.dumps(results) + "\n", encoding="utf-8")
     print(table_of(results))
     print(f"\nSee it: hf-earlyexit report {arguments.output}")
-    print(json.dumps({"output": arguments.output, "cells": len(results["cells"]), "inputs": len(examples)}))
+    files = {"output": arguments.output, "journal": journal_of(arguments)}
+    print(json.dumps({**files, "cells": len(results["cells"]), "inputs": len(examples)}))
     return 0
+
+
+def journal_of(arguments: argparse.Namespace) -> str:
+    """Where the journal is."""
+    return arguments.journal or f"{arguments.output}.journal"
+
+
+def check_files(arguments: argparse.Namespace) -> None:
+    """Refuse, before any work, places that cannot be written to."""
+    for flag, path in (("--output", arguments.output), ("--journal", journal_of(arguments))):
+        check_parent(flag, path)
+        if Path(path).is_dir():
+            raise ValueError(f"{flag} {path} is a folder: name a file in it")
 
 
 def unseen_of(model, examples: Sequence[Example]) -> list[Example]:
@@ -124,6 +138,7 @@ def table_of(results: Mapping[str, Any]) -> str:
 
 def _line(cell: Mapping[str, Any], quality: Mapping[str, Any]) -> tuple[str, ...]:
     time, scores = cell["time"], quality["scores"]
+    between = time["ours"]["inter_token_ms"]["median"]
     return (
         cell["name"],
         cell["batch_exit"],
@@ -133,7 +148,7 @@ def _line(cell: Mapping[str, Any], quality: Mapping[str, Any]) -> tuple[str, ...
         f"{scores['consistency']['mean']:.1f}",
         f"{time['ratio']['cpu']['median']:.2f}x",
         f"{time['ours']['tokens_per_second']:.0f}",
-        f"{time['ours']['inter_token_ms']['median']:.1f}",
+        "-" if between is None else f"{between:.1f}",
     )
 
 

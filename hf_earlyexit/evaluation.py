@@ -6,41 +6,46 @@ cell is timed beside stock at full depth, taking turns in one process. Results a
 
 from __future__ import annotations
 
+import hashlib
 import random
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from datetime import date
 from functools import partial
+from importlib.util import find_spec
 from itertools import cycle, islice
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from tqdm import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_earlyexit import latency
 from hf_earlyexit.candidates import FULL_DEPTH, STATIC, Candidate, full_depth
 from hf_earlyexit.certified import uncertified
 from hf_earlyexit.data import Example, data_fingerprint
+from hf_earlyexit.extras import require
 from hf_earlyexit.fingerprint import weights_fingerprint
 from hf_earlyexit.grid import Cell, Grid, is_on_a_curve
 from hf_earlyexit.heat_map import heat_map
-from hf_earlyexit.intervals import mean_interval
+from hf_earlyexit.intervals import mean_interval, ratio_interval
 from hf_earlyexit.journal import Journal
 from hf_earlyexit.machine import environment, load
 from hf_earlyexit.metrics import Bleu, exact_match, rouge_scores, textual_consistency
 from hf_earlyexit.models import EarlyExitT5ForConditionalGeneration
 from hf_earlyexit.reliability import reliability
-from hf_earlyexit.stock import stock_of
-from hf_earlyexit.timing import CLOCKS, Times, one_thread, spread
+from hf_earlyexit.settings import ExitSettings
+from hf_earlyexit.stock import stock_generate, stock_of
+from hf_earlyexit.timing import CLOCKS, one_thread, spread, take_turns
 from hf_earlyexit.writing import Text, Writer, Writing
 
 
 FORMAT = 1
 ROUGE = ("rouge1", "rouge2", "rougeL")
 SHOWN = 4  # examples, token by token
+Way = tuple[PreTrainedModel, Callable[..., Any]]  # to generate: a model, and what is called
 
 
 def evaluate_model(
@@ -61,16 +66,19 @@ def evaluate_model(
         tokenizer: Of the model.
         examples: Distinct inputs with references.
         grid: What is evaluated.
-        generation: Keywords of `generate` besides the exits, over the model's generation_config.
+        generation: Keywords of `generate` besides the exits, over the model's generation_config. No sampling.
         max_source_tokens: Longer inputs are cut; None: never.
         path: A journal: a run that was cut off goes on from it, cell by cell.
         data_name: For the results.
 
     Returns:
-        Plain values: `quality` by key, `cells`, `reliability`, `examples`, `certificate`, and what was asked.
+        Plain values: `quality` by key, `cells`, `reliability`, `examples`, `certificate`, and what was asked. BLEU is
+        among the scores where sacreBLEU is installed.
 
     Raises:
-        ValueError: Something is not legal, or an input has no reference. All before anything is generated.
+        ValueError: Something is not legal, inputs repeat each other, or one has no reference.
+        ImportError: scipy, which comes with the extra `calibrate`, is not installed.
+        All before anything is generated.
     """
     evaluation = _Evaluation(
         model, tokenizer, examples, grid or Grid(), generation, max_source_tokens, path, data_name
@@ -83,10 +91,12 @@ class _Evaluation:
     """One evaluation: what was asked, checked; then its stages."""
 
     def __init__(self, model, tokenizer, examples, grid: Grid, generation, max_source_tokens, path, data_name: str):
-        _refuse_without_references(examples)
-        self.certificate = model.exit_certificate
+        require("scipy.stats", "calibrate")  # here too, so that it does not come out after hours of generating
+        _refuse_unjudgeable(examples)
+        self.certificate, self.started = model.exit_certificate, date.today().isoformat()
         self.model, self.examples, self.grid = uncertified(model), list(examples), grid
         self.candidates = grid.candidates(model)
+        _refuse_larger(grid.batch_sizes, len(self.examples))
         self.asked = {
             "data": data_name,
             "weights": weights_fingerprint(model),
@@ -97,7 +107,7 @@ class _Evaluation:
             "rounds": grid.rounds,
         }
         self.options = {"generation": dict(generation or {}), "max_source_tokens": max_source_tokens}
-        self.options["journal"] = self.journal = Journal(path, self.asked)
+        self.options["journal"] = self.journal = Journal(path, {**self.asked, **self._not_shown(generation or {})})
         self.tokenizer, self.stocks = tokenizer, {None: stock_of(self.model)}
         self.writer = self._writer(grid.writing_batch_size)
 
@@ -109,13 +119,13 @@ class _Evaluation:
             if cell.quality not in quality:
                 quality[cell.quality] = self._quality(cell, full)
             cells.append(self._timed(cell))
-        shown = best(quality, cells, self.grid) or cells[-1]
+        shown = best(quality, cells, self.grid) or next(cell for cell in cells if is_on_a_curve(cell["curve"]))
         return {
             "format": FORMAT,
             "asked": {**self.asked, **self._of_grid()},
             "environment": environment(),
             "commit": commit(),
-            "started": date.today().isoformat(),
+            "started": self.started,
             "num_layers": self.model.config.num_decoder_layers,
             "inputs": self._inputs(full),
             "quality": quality,
@@ -123,6 +133,19 @@ class _Evaluation:
             "reliability": self._reliability(full),
             "examples": self._examples(quality[shown["quality"]], full),
             "certificate": self.certificate and asdict(self.certificate),
+        }
+
+    def _not_shown(self, generation: Mapping[str, Any]) -> dict[str, Any]:
+        """What else everything in the journal depends on."""
+        settings = ExitSettings.merge(full_depth().keywords, None, None)
+        conditions = self.model.conditions_of(settings, {"kwargs": dict(generation), **generation})
+        if conditions.get("do_sample"):
+            raise ValueError("`do_sample=True` cannot be evaluated, texts would be of one draw: use greedy or beams.")
+        return {
+            "decoding": {name: value for name, value in conditions.items() if hasattr(GenerationConfig(), name)},
+            "exits": self.model.early_exit.to_dict(),
+            "device": self.model.device.type,
+            "order": _digest([one.source for one in self.examples]),  # batches go by number
         }
 
     def _writer(self, size: int) -> Writer:
@@ -176,11 +199,17 @@ class _Evaluation:
         }
 
     def _time(self, cell: Cell) -> dict[str, Any]:
-        model, keywords = self.model, cell.keywords
+        ours = (self.model, partial(self.model.generate, **cell.keywords))
         if cell.candidate.curve == STATIC:
-            model, keywords = self._stock(cell.candidate.threshold), {}
-        batches = cycle(self.writer.batches(self.examples[: cell.size * self.grid.rounds], cell.size))
-        return time_beside_stock(model, keywords, self._stock(None), batches, self.grid.rounds)
+            ours = self._way_of_stock(cell.candidate.threshold)
+        # Round and round the inputs, so that every batch is a whole one.
+        inputs = list(islice(cycle(self.examples), cell.size * self.grid.rounds))
+        batches = cycle(self.writer.batches(inputs, cell.size))
+        return time_beside_stock(ours, self._way_of_stock(None), islice(batches, self.grid.rounds + 1))
+
+    def _way_of_stock(self, layers: int | None) -> Way:
+        stock = self._stock(layers)
+        return stock, partial(stock_generate, stock)
 
     def _stock(self, layers: int | None) -> PreTrainedModel:
         if layers not in self.stocks:
@@ -190,7 +219,9 @@ class _Evaluation:
     # --- what is shown ----------------------------------------------------------------------------------------------
 
     def _reliability(self, full: Sequence[Text]) -> dict[str, Any]:
-        criteria = list(dict.fromkeys(one.keywords["exit_criterion"] for one in self.candidates if is_on_a_curve(one)))
+        criteria = list(
+            dict.fromkeys(one.keywords["exit_criterion"] for one in self.candidates if is_on_a_curve(one.curve))
+        )
         key = f"reliability | {', '.join(criteria)}"
         if key not in self.journal:
             self.journal.add(key, reliability(self.writer, self.examples, full, criteria))
@@ -201,60 +232,77 @@ class _Evaluation:
         return heat_map(self.writer, self._stock(None), few, full[:SHOWN], shown["name"], shown["keywords"])
 
 
-def _refuse_without_references(examples: Sequence[Example]) -> None:
+def _digest(texts: Sequence[str]) -> str:
+    return hashlib.sha256("\0".join(texts).encode()).hexdigest()
+
+
+def _refuse_unjudgeable(examples: Sequence[Example]) -> None:
     if not examples:
         raise ValueError("`examples` must have at least one input, got none.")
+    if repeated := len(examples) - len({one.source for one in examples}):
+        raise ValueError(
+            f"`examples` repeats {repeated} of {len(examples)} inputs: group them, as `data.group_by_input` does."
+        )
     without = next((one.source for one in examples if not one.references), None)
     if without is not None:
         raise ValueError(f"The input {without[:80]!r} has no reference to be judged by: name their column.")
 
 
+def _refuse_larger(batch_sizes: Sequence[int], count: int) -> None:
+    larger = [size for size in batch_sizes if size > count]
+    if larger:
+        raise ValueError(f"`batch_sizes` has {larger[0]}, but there are {count} inputs: leave it out, or give more.")
+
+
 def judge(writing: Writing, full: Sequence[Text], examples: Sequence[Example], num_layers: int) -> dict[str, Any]:
-    """The quality and the work of texts. Scores are times 100, with 95 % intervals over inputs; BLEU, which is no mean
+    """The quality and the work of texts. Scores are times 100, with 95 % intervals over units; BLEU, which is no mean
     over inputs, has none."""
     texts, references = [one.text for one in writing.texts], [list(one.references) for one in examples]
+    units = [one.unit for one in examples]
     rouge = [rouge_scores(*pair) for pair in zip(texts, references)]
     each = {name: [100 * one[name] for one in rouge] for name in ROUGE}
     each["consistency"] = [100 * textual_consistency(text, one.text) for text, one in zip(texts, full)]
     each["equal_texts"] = [100 * exact_match(text, one.text) for text, one in zip(texts, full)]
-    layers = [fmean(one.layers_run) for one in writing.texts]
     depths = [depth for one in writing.texts for depth in one.layers_run]
-    bleu = Bleu().compute(predictions=texts, references=references)["bleu"]
+    tokens = [len(one.layers_run) for one in writing.texts]
     return {
-        "scores": {name: mean_interval(values) for name, values in each.items()}
-        | {"bleu": {"mean": bleu, "low": None, "high": None}},
-        "mean_layers": mean_interval(layers) | {"mean": fmean(depths)},
+        "scores": {name: mean_interval(values, units) for name, values in each.items()} | _bleu(texts, references),
+        "mean_layers": ratio_interval([sum(one.layers_run) for one in writing.texts], tokens, units),
         "tokens": len(depths),
         "distribution": [depths.count(layer) / len(depths) for layer in range(1, num_layers + 1)],
         "work": writing.work,
         "per_input": {
             "rougeL": each["rougeL"],
             "consistency": each["consistency"],
-            "layers": layers,
-            "tokens": [len(one.layers_run) for one in writing.texts],
+            "layers": [fmean(one.layers_run) for one in writing.texts],
+            "tokens": tokens,
         },
     }
 
 
-def time_beside_stock(model, keywords: Mapping[str, Any], stock, batches, rounds: int) -> dict[str, Any]:
-    """Seconds and latencies of a model and of stock, taking turns on each of some batches; the first one warms up."""
-    times, calls, order = Times(["ours", "stock"]), {"ours": [], "stock": []}, random.Random(0)
-    for number, batch in enumerate(islice(batches, rounds + 1)):
-        turn = {"ours": (model, keywords), "stock": (stock, {})}
-        names = list(turn)
-        order.shuffle(names)
-        for name in names:
-            which, options = turn[name]
-            call = partial(latency.timed_generate, which, batch, **options)
-            if number == 0:
-                call()
-            else:
-                calls[name].append(times.run(name, call))
-    ratio = {clock: times.ratio("ours", {"stock": 1.0}, clock) for clock in CLOCKS}
-    seconds = {name: {clock: spread(times.seconds[clock][name]) for clock in CLOCKS} for name in calls}
-    return {"ratio": ratio} | {
-        name: {"seconds": seconds[name], **latency.summarize(calls[name])} for name in ("ours", "stock")
-    }
+def _bleu(texts: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, Any]:
+    """Where sacreBLEU is installed."""
+    if find_spec("sacrebleu") is None:
+        return {}
+    score = Bleu().compute(predictions=texts, references=references)["bleu"]
+    return {"bleu": {"mean": score, "low": None, "high": None}}
+
+
+def time_beside_stock(ours: Way, stock: Way, batches: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """Seconds and latencies of two ways to generate, taking turns on each of some batches; the first one warms up."""
+    ways = {"ours": ours, "stock": stock}
+    calls: dict[str, list[latency.CallTimes]] = {name: [] for name in ways}
+
+    def generate(name: str, batch: Mapping[str, Any]) -> None:
+        calls[name].append(latency.timed_generate(*ways[name], batch))
+
+    rounds = ({name: partial(generate, name, batch) for name in ways} for batch in batches)
+    times = take_turns(rounds, random.Random(0))
+    found: dict[str, Any] = {"ratio": {clock: times.ratio("ours", {"stock": 1.0}, clock) for clock in CLOCKS}}
+    for name, (_, *timed) in calls.items():
+        seconds = {clock: spread(times.seconds[clock][name]) for clock in CLOCKS}
+        found[name] = {"seconds": seconds, **latency.summarize(timed)}
+    return found
 
 
 def best(quality: Mapping[str, Any], cells: Sequence[Mapping[str, Any]], grid: Grid) -> Mapping[str, Any] | None:
@@ -263,7 +311,7 @@ def best(quality: Mapping[str, Any], cells: Sequence[Mapping[str, Any]], grid: G
     good = [
         cell
         for cell in cells
-        if cell["curve"] not in (FULL_DEPTH, STATIC)
+        if is_on_a_curve(cell["curve"])
         and cell["batch_size"] == min(grid.batch_sizes)
         and quality[cell["quality"]]["scores"]["rougeL"]["mean"] >= least
     ]
@@ -271,9 +319,15 @@ def best(quality: Mapping[str, Any], cells: Sequence[Mapping[str, Any]], grid: G
 
 
 def commit() -> str | None:
-    """Of the checkout that this package is in, if it is in one."""
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+    """Of the checkout that this file is tracked in; None if it is in none, or installed into another one's folder."""
+    file = Path(__file__)
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        _git(file.parent, "ls-files", "--error-unmatch", file.name)
+        return _git(file.parent, "rev-parse", "--short", "HEAD")
     except (OSError, subprocess.CalledProcessError):
         return None
+
+
+def _git(folder: Path, *arguments: str) -> str:
+    command = ["git", "-C", str(folder), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()

@@ -29,7 +29,7 @@ class Grid:
     Attributes:
         curves: Thresholds by curve (see `candidates.curve_candidates`); None: `candidates.CURVES`.
         batch_sizes: Inputs at once where time is measured.
-        batch_rules: Of `batch_exit`. At batch size 1 all are the same, and the first stands for them.
+        batch_rules: Of `batch_exit`. At batch size 1 all are the same, and `"row"` stands for them.
         rounds: Batches that each cell is timed on.
         points: Of ROUGE-L that may be lost, where a best threshold is named.
         writing_batch_size: Inputs at once where nothing is timed and rows do not wait for each other.
@@ -50,6 +50,9 @@ class Grid:
             raise ValueError(f"`batch_sizes` must be numbers of at least 1, got {list(self.batch_sizes)!r}.")
         if not self.batch_rules:
             raise ValueError("`batch_rules` must have at least one, got none: 'row' or 'batch'.")
+        for name in ("batch_sizes", "batch_rules"):
+            if len(set(getattr(self, name))) < len(getattr(self, name)):
+                raise ValueError(f"`{name}` has one twice: leave it out of {list(getattr(self, name))!r}.")
 
     def candidates(self, model: EarlyExitT5ForConditionalGeneration) -> list[Candidate]:
         """Full depth, the static decoders, and every threshold of every curve; checked against the model."""
@@ -67,8 +70,7 @@ class Grid:
             Cell(candidate, rule, size)
             for candidate in candidates
             for size in self.batch_sizes
-            for place, rule in enumerate(self.batch_rules if is_on_a_curve(candidate) else (ROW,))
-            if place == 0 or size > 1
+            for rule in (self.batch_rules if is_on_a_curve(candidate.curve) and size > 1 else (ROW,))
         ]
 
 
@@ -83,7 +85,7 @@ class Cell:
     @property
     def waits(self) -> bool:
         """Whether rows wait for each other, so that texts depend on the batch size."""
-        return self.rule != ROW and self.size > 1
+        return self.rule != ROW
 
     @property
     def quality(self) -> str:
@@ -97,10 +99,10 @@ class Cell:
     @property
     def keywords(self) -> dict[str, Any]:
         """Of `generate`."""
-        rule = {"batch_exit": self.rule} if is_on_a_curve(self.candidate) else {}
+        rule = {"batch_exit": self.rule} if is_on_a_curve(self.candidate.curve) else {}
         return {**self.candidate.keywords, **rule}
 
 
-def is_on_a_curve(candidate: Candidate) -> bool:
-    """Whether it is no baseline."""
-    return candidate.curve not in (FULL_DEPTH, STATIC)
+def is_on_a_curve(curve: str) -> bool:
+    """Whether it is a criterion's, not a baseline."""
+    return curve not in (FULL_DEPTH, STATIC)

@@ -16,10 +16,8 @@ from hf_earlyexit.writing import Text, Writer
 @torch.no_grad()
 def full_depth_choices(stock: T5ForConditionalGeneration, batch: Mapping[str, Any], sequences: torch.Tensor):
     """`[batch, T]`, the token that `stock` would write behind each prefix of `sequences [batch, 1 + T]`."""
-    logits = stock(
-        input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], decoder_input_ids=sequences[:, :-1]
-    ).logits
-    return logits.argmax(dim=-1)
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    return stock(**inputs, decoder_input_ids=sequences[:, :-1], use_cache=False).logits.argmax(dim=-1)
 
 
 def heat_map(

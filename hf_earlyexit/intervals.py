@@ -1,8 +1,8 @@
-"""Answers for how far a mean over units could be off: bootstrap intervals."""
+"""Answers for how far a mean could be off: bootstrap intervals, for which units are drawn."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 
 import numpy as np
 
@@ -13,17 +13,47 @@ RESAMPLES = 2000
 SEED = 0
 
 
-def mean_interval(values: Sequence[float]) -> dict[str, float]:
+def mean_interval(values: Sequence[float], units: Sequence[Hashable] | None = None) -> dict[str, float]:
     """The mean, and the limits of its 95 % percentile bootstrap interval (`scipy.stats.bootstrap`), by name.
 
     Args:
-        values: One for each unit. Of one, or of equal ones, the interval is the mean.
+        values: One for each input.
+        units: The unit of each, where some have several: those are drawn. None: each is one by itself.
     """
-    numbers = np.asarray(values, dtype=np.float64)
-    mean = float(numbers.mean())
-    if numbers.min() == numbers.max():
-        return {"mean": mean, "low": mean, "high": mean}
+    return ratio_interval(values, np.ones(len(values)), units)
+
+
+def ratio_interval(
+    parts: Sequence[float], wholes: Sequence[float], units: Sequence[Hashable] | None = None
+) -> dict[str, float]:
+    """The same of a sum over another one, such as layers over tokens, where inputs have different numbers of these.
+
+    Args:
+        parts: One for each input.
+        wholes: Above 0, one for each input.
+        units: As in `mean_interval`.
+
+    Returns:
+        `mean`, `low` and `high`. Of one unit, or of equal ones, the interval is the mean.
+    """
+    columns = _by_unit(np.asarray([parts, wholes], dtype=np.float64), units)
+    ratios = columns[0] / columns[1]
+    if ratios.min() == ratios.max():
+        return dict.fromkeys(("mean", "low", "high"), float(ratios[0]))
     bootstrap = require("scipy.stats", "calibrate").bootstrap
-    options = {"n_resamples": RESAMPLES, "method": "percentile", "random_state": SEED}
-    low, high = bootstrap((numbers,), np.mean, **options).confidence_interval
-    return {"mean": mean, "low": float(low), "high": float(high)}
+    options = {"n_resamples": RESAMPLES, "method": "percentile", "paired": True, "random_state": SEED}
+    low, high = bootstrap(tuple(columns), _ratio, **options).confidence_interval
+    return {"mean": float(_ratio(*columns)), "low": float(low), "high": float(high)}
+
+
+def _by_unit(columns: np.ndarray, units: Sequence[Hashable] | None) -> np.ndarray:
+    """The sums of each unit."""
+    if units is None:
+        return columns
+    place_of = {unit: place for place, unit in enumerate(dict.fromkeys(units))}
+    places = [place_of[unit] for unit in units]
+    return np.stack([np.bincount(places, weights=one) for one in columns])
+
+
+def _ratio(parts: np.ndarray, wholes: np.ndarray, axis: int = -1) -> np.ndarray:
+    return parts.sum(axis=axis) / wholes.sum(axis=axis)

@@ -6,7 +6,7 @@ The clock is the wall's. Knows nothing of exits.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -24,12 +24,14 @@ class CallTimes:
     Attributes:
         start: When it started, as all of these in seconds.
         steps: When each token of the batch was there.
+        end: When it was over.
         encoder: Spent in the encoder.
         tokens: Written by all rows, end tokens included.
     """
 
     start: float
     steps: list[float] = field(default_factory=list)
+    end: float = 0.0
     encoder: float = 0.0
     tokens: int = 0
 
@@ -45,8 +47,8 @@ class CallTimes:
 
     @property
     def whole(self) -> float:
-        """From the start to the last token."""
-        return self.steps[-1] - self.start
+        """From the start to the end."""
+        return self.end - self.start
 
 
 class StepClock(StoppingCriteria):
@@ -64,18 +66,21 @@ class StepClock(StoppingCriteria):
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
 
-def timed_generate(model: PreTrainedModel, batch: dict[str, Any], **keywords: Any) -> CallTimes:
+def timed_generate(
+    model: PreTrainedModel, generate: Callable[..., torch.Tensor], batch: Mapping[str, Any]
+) -> CallTimes:
     """Generate, and say where the time went.
 
     Args:
         model: An encoder-decoder.
-        batch: Inputs and what `generate` is told besides exits.
-        keywords: Further keywords of `generate`.
+        generate: Its `generate`, or what calls it; takes the batch and `stopping_criteria`, and gives decoder ids.
+        batch: Inputs, without a decoder prompt, and what else `generate` is told.
     """
     times = CallTimes(start=_now(model.device))
     with _encoder_timed(model, times):
-        ids = model.generate(**batch, **keywords, stopping_criteria=[StepClock(times)])
-    times.tokens = count_tokens(ids[:, -len(times.steps) :], model.generation_config.eos_token_id)
+        ids = generate(**batch, stopping_criteria=[StepClock(times)])
+    times.end = _now(model.device)
+    times.tokens = count_tokens(ids[:, 1:], model.generation_config.eos_token_id)
     return times
 
 
@@ -88,7 +93,10 @@ def count_tokens(new_tokens: torch.Tensor, ends: int | Sequence[int] | None) -> 
 
 
 def summarize(calls: Sequence[CallTimes]) -> dict[str, Any]:
-    """What many calls come to: throughput, and medians and 95th percentiles in milliseconds."""
+    """What many calls come to: throughput, and medians and 95th percentiles in milliseconds.
+
+    Those between tokens are of all calls together, None where no text had a second one.
+    """
     whole = sum(call.whole for call in calls)
     return {
         "tokens_per_second": sum(call.tokens for call in calls) / whole,
@@ -98,9 +106,9 @@ def summarize(calls: Sequence[CallTimes]) -> dict[str, Any]:
     }
 
 
-def _milliseconds(seconds: Sequence[float]) -> dict[str, float]:
+def _milliseconds(seconds: Sequence[float]) -> dict[str, float | None]:
     if not seconds:
-        return {"median": float("nan"), "p95": float("nan")}
+        return {"median": None, "p95": None}
     median, p95 = np.percentile(seconds, [50, 95]) * 1000
     return {"median": float(median), "p95": float(p95)}
 

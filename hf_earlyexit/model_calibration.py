@@ -118,9 +118,8 @@ class _Calibrator:
         _refuse_repeated(examples)
         self.parts = split_by_unit(examples, search.shares)
         self.conditions = self._check_use(self.candidates[0])
+        self._check_parts()
         promise.check(self.parts, self._units("calibrate"), self.finalists)
-        if not self.parts["select"]:
-            raise ValueError(f"The select part is empty: `shares` {dict(search.shares)} of {len(examples)} inputs.")
         self.journal = Journal(path, self._asked(examples))
         self.writer = Writer(
             self.model,
@@ -146,6 +145,15 @@ class _Calibrator:
         return ModelCalibration(self._certificate(chosen, reason, rows, report, data_name), tables)
 
     # --- checks -----------------------------------------------------------------------------------------------------
+
+    def _check_parts(self) -> None:
+        """Costs are measured on the select part; the report part may be empty, but not less than a unit."""
+        sizes = {name: len(part) for name, part in self.parts.items()}
+        if not self._units("select") or (sizes["report"] and not self._units("report")):
+            raise ValueError(
+                f"A part has not one unit: of {sizes} inputs, `shares` {dict(self.search.shares)}. Give more "
+                "inputs, or other shares."
+            )
 
     def _units(self, part: str) -> int:
         return len(set(units_of(self.parts[part], self.use.rows_per_batch)))

@@ -84,8 +84,7 @@ class Promise:
         return f"with `delta={self.delta}`{each} by {self.bound!r} "
 
     def _asked(self, curves: int) -> dict[str, Any]:
-        delta = split_delta(self.delta, curves) if self.method != "crc" else self.delta
-        limits = {"loss_lower": self.loss.lower, "loss_upper": self.loss.upper}
+        delta, limits = split_delta(self.delta, curves), {"loss_lower": self.loss.lower, "loss_upper": self.loss.upper}
         return {"target": self.target, "delta": delta, "method": self.method, "bound": self.bound, **limits}
 
 

@@ -38,7 +38,7 @@ class Search:
     order: str = "pareto"
     finalists: int = 1
     cost: str = "time"
-    rounds: int = 9
+    rounds: int = 31
     shares: Mapping[str, float] = field(default_factory=lambda: dict(zip(PARTS, (0.2, 0.4, 0.4))))
     writing_batch_size: int = 16
 

@@ -8,8 +8,9 @@ from __future__ import annotations
 import gc
 import random
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import repeat
 from statistics import quantiles
 from typing import Any
 
@@ -32,13 +33,12 @@ class Times:
     def __init__(self, names: Sequence[str]):
         self.seconds: dict[str, dict[str, list[float]]] = {clock: {name: [] for name in names} for clock in CLOCKS}
 
-    def run(self, name: str, call: Callable[[], Any]) -> Any:
-        """Time a call; returns what it returns."""
+    def run(self, name: str, call: Callable[[], Any]) -> None:
+        """Time a call."""
         starts = [read() for read in CLOCKS.values()]
-        result = call()
+        call()
         for (clock, read), start in zip(CLOCKS.items(), starts):
             self.seconds[clock][name].append(read() - start)
-        return result
 
     def ratio(self, call: str, against: Mapping[str, float], clock: str) -> Spread:
         """The time of `call` over the weighted sum of those it is held against, round by round."""
@@ -50,19 +50,36 @@ class Times:
 def measure(
     calls: Mapping[str, Callable[[], Any]], rounds: int, order: random.Random, after_round: Callable[[], Any] = int
 ) -> Times:
-    """Warm up, then time every call once per round, in random order; garbage is collected between rounds only."""
+    """Warm up, then time every call once per round, in random order."""
+    return take_turns(repeat(calls, rounds + 1), order, after_round)
+
+
+def take_turns(
+    rounds: Iterable[Mapping[str, Callable[[], Any]]], order: random.Random, after_round: Callable[[], Any] = int
+) -> Times:
+    """Time the calls of each round in random order; garbage is collected between rounds only.
+
+    Args:
+        rounds: Calls by name, the same names in all. Those of the first round warm up and are not timed.
+        order: Who is first.
+        after_round: Called after each that is timed.
+    """
+    turns = iter(rounds)
+    calls = next(turns)
     names, times = list(calls), Times(list(calls))
     for call in calls.values():
         call()
     gc.disable()
+    gc.freeze()  # what is there now stays: to look through it in every round takes longer than the calls
     try:
-        for _ in range(rounds):
+        for calls in turns:
             gc.collect()
             order.shuffle(names)
             for name in names:
                 times.run(name, calls[name])
             after_round()
     finally:
+        gc.unfreeze()
         gc.enable()
     return times
 

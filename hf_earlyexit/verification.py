@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -13,7 +14,7 @@ from hf_earlyexit.bounds import p_values_of
 from hf_earlyexit.candidates import Candidate
 from hf_earlyexit.certificate import Certificate
 from hf_earlyexit.certified import uncertified
-from hf_earlyexit.data import Example, data_fingerprint
+from hf_earlyexit.data import Example, data_fingerprint, split_by_unit
 from hf_earlyexit.fingerprint import weights_fingerprint
 from hf_earlyexit.intervals import mean_interval
 from hf_earlyexit.journal import Journal
@@ -94,7 +95,7 @@ def verify_certificate(
     """
     certificate = model.exit_certificate if certificate is None else certificate
     _check(certificate, loss)
-    new = certificate.unseen(examples)
+    new = split_by_unit(certificate.unseen(examples), {"verify": 1.0})["verify"]  # the same order in every run
     rows = certificate.generation["batch_size"]
     if len(new) < max(1, rows or 1):
         raise ValueError(f"`examples` has {len(new)} inputs that the certificate has not seen: give other ones.")
@@ -105,7 +106,7 @@ def verify_certificate(
         batch_size=rows or batch_size,
         generation=certificate.decoding,
         max_source_tokens=certificate.data["max_source_tokens"],
-        journal=Journal(path, {"weights": weights, "inputs": data_fingerprint(new), "setting": certificate.setting}),
+        journal=Journal(path, _asked(certificate, weights, new, rows or batch_size)),
     )
     candidate = Candidate(certificate.name, None, certificate.setting)
     table = record_losses(writer, new, [candidate], loss, "verify", rows)
@@ -119,6 +120,18 @@ def verify_certificate(
         left_out=len(examples) - len(new),
         differences=_differences(model, certificate, weights),
     )
+
+
+def _asked(certificate: Certificate, weights: str, examples: Sequence[Example], batch_size: int) -> dict[str, Any]:
+    """What everything in the journal depends on."""
+    return {
+        "weights": weights,
+        "inputs": data_fingerprint(examples),
+        "setting": certificate.setting,
+        "generation": certificate.generation,
+        "max_source_tokens": certificate.data["max_source_tokens"],
+        "batch_size": batch_size,
+    }
 
 
 def _check(certificate: Certificate | None, loss: Loss) -> None:

@@ -92,7 +92,8 @@ def test_evaluate_and_report(tmp_path, capsys):
     grid = ["--curve", "classifier", "0.7", "--batch-sizes", "1", "2", "--batch-rules", "row", "--rounds", "2"]
     assert main(["evaluate", "--max-inputs", "4", *QUICK, *grid, "--output", str(output)]) == 0
     *lines, last = capsys.readouterr().out.splitlines()
-    assert json.loads(last) == {"output": str(output), "cells": 18, "inputs": 4}
+    files = {"output": str(output), "journal": f"{output}.journal"}
+    assert json.loads(last) == {**files, "cells": 18, "inputs": 4} and Path(files["journal"]).is_file()
     assert any(line.startswith("classifier 0.7") for line in lines)
     results = json.loads(output.read_text())
     assert results["asked"]["model"] == "t5-e2e" and results["asked"]["data"] == "e2e-validation.csv.gz"
@@ -135,6 +136,9 @@ def test_unseen_inputs_are_those_of_the_report_part(certified, tmp_path):
         (["calibrate", "--target", "0.1", "--batch-exit", "rows", "--output-dir", "x"], "`batch_exit` must be one of"),
         (["verify-certificate"], "has no certificate: make one with"),
         (["evaluate", "--output", "no/where.json"], "--output no/where.json: there is no folder"),
+        (["evaluate", "--output", "x", "--journal", "no/where"], "--journal no/where: there is no folder"),
+        (["evaluate", "--output", "."], "--output . is a folder"),
+        (["evaluate", "--output", "x", "--max-inputs", "4"], "`batch_sizes` has 8, but there are 4 inputs"),
         (["evaluate", "--output", "x", "--unseen"], "--unseen needs a model with a certificate"),
         (["evaluate", "--output", "x", "--batch-rules", "rows"], "`batch_exit` must be one of"),
         (["evaluate", "--output", "x", "--device", "nonsense"], "--device nonsense cannot be used"),

@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import subprocess
+from functools import partial
+from itertools import repeat
 from random import Random
 
 import pytest
 import torch
 from transformers import T5ForConditionalGeneration
 
-from hf_earlyexit import evaluation
+from hf_earlyexit import EarlyExitConfig, evaluation
 from hf_earlyexit.candidates import FULL_DEPTH, STATIC, Candidate, full_depth
 from hf_earlyexit.data import Example
 from hf_earlyexit.default import default_examples, load_default
 from hf_earlyexit.evaluation import best, evaluate_model, judge, time_beside_stock
 from hf_earlyexit.grid import Cell, Grid
+from hf_earlyexit.heat_map import full_depth_choices
 from hf_earlyexit.metrics import rouge_scores
 from hf_earlyexit.report import check_results
-from hf_earlyexit.stock import stock_of
-from hf_earlyexit.timing import Times, measure, spread
+from hf_earlyexit.stock import stock_generate, stock_of
+from hf_earlyexit.timing import Times, measure, spread, take_turns
 from hf_earlyexit.writing import Text, Writing
+from tests.tiny import tiny_inputs, tiny_pair
 
 
 pytest.importorskip("scipy.stats")
@@ -113,6 +119,7 @@ def test_baselines_and_what_is_shown(found):
     shown = found["examples"][0]
     assert len(shown["tokens"]) == len(shown["layers"]) == len(shown["confidences"]) > 0
     assert len(found["examples"]) == 4 and found["certificate"] is None and found["format"] == 1
+    assert json.loads(json.dumps(found, allow_nan=False))["environment"]["torch threads"] == "1"
 
 
 def test_differing_places_are_those_of_stock(shipped, examples, found):
@@ -142,40 +149,105 @@ def test_a_run_that_is_taken_up_does_nothing_twice(shipped, examples, found, jou
     again = evaluate_model(*shipped, examples, GRID, generation=DECODING, path=journal, data_name="some.csv")
     for part in ("quality", "cells", "reliability", "inputs"):
         assert again[part] == found[part]
-    with pytest.raises(ValueError, match="entries of another run: rounds differ"):
-        evaluate_model(*shipped, examples, Grid(rounds=3), generation=DECODING, path=journal, data_name="some.csv")
+
+
+@pytest.mark.parametrize(
+    ("change", "differing"),
+    [
+        ({"grid": Grid(rounds=3, batch_sizes=[1])}, "rounds"),
+        ({"generation": {**DECODING, "num_beams": 2}}, "decoding"),
+        ({"order": -1}, "order"),
+        ({"model": EarlyExitConfig(exit_layers=(2,))}, "exits, weights"),
+    ],
+)
+def test_a_journal_of_another_run_is_refused(shipped, examples, journal, found, monkeypatch, change, differing):
+    model, tokenizer = load_default(change["model"]) if "model" in change else shipped
+    monkeypatch.setattr(type(model), "generate", lambda *args, **kwargs: pytest.fail("something was generated"))
+    arguments = {"generation": DECODING, "path": journal, "data_name": "some.csv"} | {
+        name: value for name, value in change.items() if name in ("grid", "generation")
+    }
+    grid = Grid({"softmax:2": [0.6]}, batch_sizes=[1], rounds=2)
+    with pytest.raises(ValueError, match=f"entries of another run: {differing} differ"):
+        evaluate_model(model, tokenizer, examples[:: change.get("order", 1)], **({"grid": grid} | arguments))
 
 
 def test_pairs_take_turns_on_the_same_batches_and_the_first_warms_up(monkeypatch):
     seen = []
 
-    def timed(model, batch, **keywords):
-        seen.append((model, batch["number"], keywords))
+    def timed(model, generate, batch):
+        seen.append((model, batch["number"], generate, gc.isenabled()))
         return batch["number"]
 
     monkeypatch.setattr(evaluation.latency, "timed_generate", timed)
     monkeypatch.setattr(evaluation.latency, "summarize", lambda calls: {"calls": calls})
-    batches = ({"number": number} for number in range(10))
-    found = time_beside_stock("ours", {"exit_layer": 2}, "stock", batches, rounds=4)
+    batches = [{"number": number} for number in range(5)]
+    found = time_beside_stock(("ours", "with exits"), ("stock", "plain"), batches)
     assert found["ours"]["calls"] == found["stock"]["calls"] == [1, 2, 3, 4]
-    assert sorted(number for _, number, _ in seen) == sorted([0, 1, 2, 3, 4] * 2)
-    assert {model: keywords for model, _, keywords in seen} == {"ours": {"exit_layer": 2}, "stock": {}}
+    assert sorted(number for _, number, *_ in seen) == sorted([0, 1, 2, 3, 4] * 2)
+    assert {model: generate for model, _, generate, _ in seen} == {"ours": "with exits", "stock": "plain"}
     assert {seen[place][0] for place in range(0, 10, 2)} == {"ours", "stock"}, "who is first differs"
+    assert not any(collects for *_, collects in seen[2:]) and gc.isenabled() and gc.get_freeze_count() == 0
 
 
-def test_static_decoders_are_timed_as_the_stock_class_cut(shipped, examples, monkeypatch):
+def test_static_decoders_are_timed_as_the_stock_class_cut_and_batches_are_whole(shipped, examples, monkeypatch):
+    """Three inputs in twos, round and round."""
     seen = []
 
-    def time(model, keywords, stock, batches, rounds):
-        seen.append((type(model), model.config.num_decoder_layers, keywords, type(stock)))
+    def time(ours, stock, batches):
+        model, generate = ours
+        sizes = [len(batch["input_ids"]) for batch in batches]
+        seen.append((type(model), model.config.num_decoder_layers, generate.keywords, type(stock[0]), sizes))
         return {"ratio": {"cpu": {"median": 1.0}}}
 
     monkeypatch.setattr(evaluation, "time_beside_stock", time)
-    evaluate_model(*shipped, examples[:2], Grid({"state": [0.9]}, batch_sizes=[1], rounds=2), generation=DECODING)
-    stock = T5ForConditionalGeneration
-    assert seen[0] == (type(shipped[0]), 8, {"early_exit": False}, stock)
-    assert seen[1:8] == [(stock, layer, {}, stock) for layer in range(1, 8)]
-    assert seen[8][0] is type(shipped[0]) and seen[8][2]["batch_exit"] == "row"
+    evaluate_model(*shipped, examples[:3], Grid({"state": [0.9]}, batch_sizes=[2], rounds=4), generation=DECODING)
+    stock, sizes = T5ForConditionalGeneration, [2] * 5
+    assert seen[0] == (type(shipped[0]), 8, {"early_exit": False}, stock, sizes)
+    assert seen[1:8] == [(stock, layer, {}, stock, sizes) for layer in range(1, 8)]
+    assert [(one[0], one[2]["batch_exit"]) for one in seen[8:]] == [
+        (type(shipped[0]), rule) for rule in ("row", "batch")
+    ]
+
+
+def test_nothing_good_enough_is_shown_at_its_most_conservative(shipped, examples, monkeypatch):
+    monkeypatch.setattr(evaluation, "time_beside_stock", lambda *args: {"ratio": {"cpu": {"median": 1.0}}})
+    grid = Grid({"state": [0.0, 0.9, 0.5], "softmax": [0.1]}, batch_sizes=[1], rounds=2, points=-100)
+    found = evaluate_model(*shipped, examples[:2], grid, generation=DECODING)
+    assert {one["name"] for one in found["examples"]} == {"state 0.9"}
+
+
+def test_without_sacrebleu_there_is_no_bleu(monkeypatch):
+    monkeypatch.setattr(evaluation, "find_spec", lambda name: None)
+    scores = judge(Writing([Text("a", [1], [8])], {}), [Text("a", [1], [8])], [Example("x", ("a",))], 8)["scores"]
+    assert "bleu" not in scores and "rougeL" in scores
+
+
+def test_a_decoder_that_is_deeper_than_the_encoder_can_be_timed():
+    """Stock T5 cannot by itself: the library sizes its cache by the encoder."""
+    stock, model = tiny_pair("deeper decoder")
+    batch = {**tiny_inputs(2), "max_new_tokens": 4}
+    ways = [(model, partial(model.generate, early_exit=False)), (stock, partial(stock_generate, stock))]
+    assert time_beside_stock(*ways, repeat(batch, 3))["stock"]["tokens_per_second"] > 0
+    sequences = model.generate(**batch, early_exit=False)
+    assert torch.equal(full_depth_choices(stock, batch, sequences), sequences[:, 1:])
+
+
+def test_the_commit_is_that_of_a_checkout_which_tracks_the_package(tmp_path, monkeypatch):
+    """Not that of the project in whose folder the package happens to be installed."""
+
+    def git(*arguments):
+        return subprocess.run(
+            ["git", "-C", str(tmp_path), *arguments], check=True, capture_output=True, text=True
+        ).stdout
+
+    git("init")
+    (tmp_path / "evaluation.py").touch()
+    monkeypatch.setattr(evaluation, "__file__", str(tmp_path / "evaluation.py"))
+    git("-c", "user.name=a", "-c", "user.email=a@b", "commit", "--allow-empty", "-m", "other")
+    assert evaluation.commit() is None
+    git("add", ".")
+    git("-c", "user.name=a", "-c", "user.email=a@b", "commit", "-m", "with it")
+    assert evaluation.commit() == git("rev-parse", "--short", "HEAD").strip()
 
 
 def test_quality_by_hand():
@@ -187,7 +259,10 @@ def test_quality_by_hand():
     assert found["scores"]["consistency"]["mean"] == pytest.approx((100 + 50) / 2)
     assert found["scores"]["equal_texts"]["mean"] == 50 and found["tokens"] == 5
     assert found["mean_layers"]["mean"] == 4 and found["per_input"]["layers"] == [5, pytest.approx(10 / 3)]
+    assert (found["mean_layers"]["low"], found["mean_layers"]["high"]) == (pytest.approx(10 / 3), 5)
     assert found["distribution"] == [0, 0.4, 0, 0.4, 0, 0, 0, 0.2] and found["work"] == {"layer_rows": [5]}
+    grouped = judge(writing, full, [Example(one.source, one.references, "one unit") for one in examples], 8)
+    assert grouped["scores"]["consistency"] == dict.fromkeys(("mean", "low", "high"), 75), "one unit has no spread"
 
 
 def cell(name: str, curve: str, time: float, size: int = 1) -> dict:
@@ -211,11 +286,18 @@ def test_the_best_is_the_fastest_of_those_that_lose_little():
 
 def test_cells_that_write_the_same_share_their_texts():
     one = Candidate("state", 0.9, {"exit_criterion": "state", "exit_threshold": 0.9})
-    assert Cell(one, "row", 1).quality == Cell(one, "row", 8).quality == Cell(one, "batch", 1).quality
+    assert Cell(one, "row", 1).quality == Cell(one, "row", 8).quality
     assert Cell(one, "batch", 4).quality != Cell(one, "batch", 8).quality != Cell(one, "row", 8).quality
     assert Cell(one, "batch", 4).keywords["batch_exit"] == "batch" and Cell(full_depth(), "row", 4).keywords == {
         "early_exit": False
     }
+
+
+@pytest.mark.parametrize("rules", [("row", "batch"), ("batch", "row"), ("batch",)])
+def test_one_input_at_a_time_is_a_row_of_its_own(rules):
+    """Else its texts would be those of rows that wait for each other in the batches that are written."""
+    cells = Grid({}, batch_sizes=[1, 4], batch_rules=rules).cells([Candidate("state", 0.9)])
+    assert [(cell.size, cell.rule) for cell in cells] == [(1, "row"), *((4, rule) for rule in rules)]
 
 
 def test_times_are_ratios_of_calls_that_took_turns():
@@ -229,6 +311,8 @@ def test_times_are_ratios_of_calls_that_took_turns():
     found = measure({name: lambda name=name: calls.append(name) for name in "ab"}, 3, Random(0))
     assert sorted(calls) == list("aaaabbbb") and set(calls[:2]) == set("ab"), "warmed up once, then three rounds"
     assert all(len(found.seconds["cpu"][name]) == 3 for name in "ab")
+    rounds = ({"a": partial(calls.append, number)} for number in range(3))
+    assert len(take_turns(rounds, Random(0)).seconds["wall"]["a"]) == 2 and calls[8:] == [0, 1, 2]
 
 
 @pytest.mark.parametrize(
@@ -237,6 +321,8 @@ def test_times_are_ratios_of_calls_that_took_turns():
         ({"rounds": 1}, "`rounds`.*at least 2, got 1"),
         ({"batch_sizes": []}, "`batch_sizes`"),
         ({"batch_sizes": [0]}, r"`batch_sizes` must be numbers of at least 1, got \[0\]"),
+        ({"batch_sizes": [16]}, "`batch_sizes` has 16, but there are 5 inputs"),
+        ({"batch_sizes": [2, 2]}, "`batch_sizes` has one twice"),
         ({"batch_rules": []}, "`batch_rules`"),
         ({"batch_rules": ["rows"]}, "`batch_exit` must be one of"),
         ({"curves": {"softmx": [0.5]}}, "got 'softmx'"),
@@ -251,3 +337,7 @@ def test_what_cannot_be_evaluated_is_refused_before_any_work(shipped, examples, 
         evaluate_model(*shipped, [Example("describe: name[x]")])
     with pytest.raises(ValueError, match="at least one input"):
         evaluate_model(*shipped, [])
+    with pytest.raises(ValueError, match="`examples` repeats 1 of 6 inputs"):
+        evaluate_model(*shipped, [*examples, examples[0]])
+    with pytest.raises(ValueError, match="`do_sample=True` cannot be evaluated"):
+        evaluate_model(*shipped, examples, Grid(batch_sizes=[1]), generation={"do_sample": True})

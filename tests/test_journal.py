@@ -74,6 +74,8 @@ def test_entries_of_another_run_are_refused_by_what_differs(end, tmp_path):
     asked = {"weights": "cd", "max_new_tokens": 8, "shares": {"select": 0.2, "report": 0.7}}
     with pytest.raises(ValueError, match=r"run.jsonl has entries of another run: shares, weights differ\. shares is"):
         Journal(path, asked)
+    with pytest.raises(ValueError, match=r": a, b, c, d, max_new_tokens, shares, weights differ\."):
+        Journal(path, dict.fromkeys("dcba", 1))
     with pytest.raises(ValueError, match=r"max_new_tokens differ\. max_new_tokens is 8 there and 9 here"):
         Journal(path, ASKED | {"max_new_tokens": 9})
     with pytest.raises(ValueError, match="num_beams is None there and 2 here"):

@@ -303,7 +303,21 @@ REFUSED = [
     ({"search": Search(curves={"softmax": [1.5]})}, "in \\[0, 1\\], got 1.5"),
     (
         {"search": Search(curves=CURVES, shares={"select": 0.0, "calibrate": 0.9, "report": 0.1})},
-        "select part is empty",
+        "A part has not one unit: of .*'select': 0",
+    ),
+    (
+        {
+            "use": Use(4, {"batch_exit": "batch"}),
+            "search": Search(CURVES, shares={"select": 0.05, "calibrate": 0.9, "report": 0}),
+        },
+        "A part has not one unit: of .*'select': 3",
+    ),
+    (
+        {
+            "use": Use(4, {"batch_exit": "batch"}),
+            "search": Search(CURVES, shares={"select": 0.1, "calibrate": 0.85, "report": 0.05}),
+        },
+        "A part has not one unit: of .*'report': 3",
     ),
     ({"repeat": True}, "repeats 1 of 61 inputs"),
     ({"references": False, "promise": Promise(0.5, "rougeL_drop")}, "needs references, and the input 'describe"),

@@ -158,6 +158,15 @@ def test_fingerprints_are_of_the_weights(tmp_path):
     assert weights_fingerprint(model) != weights, "the same numbers in other places"
 
 
+def test_names_count_and_their_order_does_not():
+    one, other = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
+    found = [
+        weights_fingerprint(torch.nn.ModuleDict(modules))
+        for modules in ({"a": one, "b": other}, {"b": other, "a": one}, {"a": one, "c": other})
+    ]
+    assert found[0] == found[1] != found[2]
+
+
 def test_heads_and_buffers_count():
     module = torch.nn.BatchNorm1d(3)
     before, marks = weights_fingerprint(module), weights_marks(module)
