@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import cycle, islice
 from pathlib import Path
 from random import Random
 from statistics import fmean
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,7 +22,7 @@ from hf_earlyexit.data import Example
 from hf_earlyexit.losses import Loss
 from hf_earlyexit.promise import units_of
 from hf_earlyexit.stock import stock_generate
-from hf_earlyexit.timing import Times, one_thread
+from hf_earlyexit.timing import one_thread, take_turns
 from hf_earlyexit.writing import Writer
 
 
@@ -119,17 +120,15 @@ def times_beside_stock(
     All take turns on each of `rounds` batches, in one process and on one thread, after one that warms up. The clock is
     the process's on a CPU, where others may be at work, and the wall's elsewhere.
     """
+    whole = len(examples) // batch_size * batch_size or len(examples)
+    batches = islice(cycle(writer.batches(examples[:whole], batch_size)), rounds + 1)
     names = [candidate.name for candidate in candidates]
-    times, order = Times(["stock", *names]), Random(0)
-    batches = islice(cycle(writer.batches(examples[: batch_size * rounds], batch_size)), rounds + 1)
+
+    def calls(batch: dict[str, Any]) -> dict[str, Callable[[], Any]]:
+        ours = {one.name: partial(writer.model.generate, **batch, **one.keywords) for one in candidates}
+        return {"stock": partial(stock_generate, stock, **batch)} | ours
+
     with one_thread(), tqdm(total=rounds, desc="timing", unit="batch", leave=False) as progress:
-        for number, batch in enumerate(batches):
-            calls = {"stock": partial(stock_generate, stock, **batch)}
-            calls |= {one.name: partial(writer.model.generate, **batch, **one.keywords) for one in candidates}
-            turn = list(calls)
-            order.shuffle(turn)
-            for name in turn:
-                times.run(name, calls[name]) if number else calls[name]()
-            progress.update(bool(number))
+        times = take_turns(map(calls, batches), Random(0), progress.update)
     clock = "cpu" if writer.model.device.type == "cpu" else "wall"
     return [times.ratio(name, {"stock": 1.0}, clock)["median"] for name in names]

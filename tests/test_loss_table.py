@@ -181,8 +181,10 @@ def test_everyone_takes_turns_on_each_batch_after_one_that_warms_up(monkeypatch)
     assert len({tuple(name for name, _ in one) for one in rounds_of(clocked)}) > 1, "nobody is always first"
 
 
-@pytest.mark.parametrize(("sources", "expected"), (("abcde", "ab cd e ab cd"), ("abcdefghijkl", "ab cd ef gh ab")))
-def test_batches_go_round_until_there_are_enough(sources, expected, monkeypatch):
+@pytest.mark.parametrize(
+    ("sources", "expected"), (("abcde", "ab cd ab cd ab"), ("abcdefghijkl", "ab cd ef gh ij"), ("a", "a a a a a"))
+)
+def test_whole_batches_go_round_until_there_are_enough(sources, expected, monkeypatch):
     clocked = Clocked(monkeypatch)
     times(clocked, sources, rounds=4)
     assert [one[0][1] for one in rounds_of(clocked)] == expected.split()
