@@ -136,6 +136,26 @@ def inputs_needed(
     return _Asked(target, delta, method, bound, loss_lower, loss_upper).inputs_needed()
 
 
+def are_enough(
+    inputs: int,
+    *,
+    target: float,
+    delta: float = 0.1,
+    method: str = "ltt",
+    bound: str = "wsr",
+    loss_lower: float = 0.0,
+    loss_upper: float = 1.0,
+) -> bool:
+    """Whether `calibrate`, asked so, accepts a column of that many inputs that never loses anything.
+
+    With signed losses and `"hb"`, which rounds, one input more than enough may be one too few.
+
+    Raises:
+        ValueError: As `calibrate`.
+    """
+    return _Asked(target, delta, method, bound, loss_lower, loss_upper).is_enough(inputs)
+
+
 def split_delta(delta: float, calibrations: int) -> float:
     """The delta for each of several calibrations on the same inputs, of which the best will be used.
 

@@ -6,16 +6,19 @@ is come by, which is `model_calibration.py`, nor of how `generate` works.
 
 from __future__ import annotations
 
+import functools
 import json
+import math
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from transformers import GenerationConfig
+from transformers import GenerationConfig, PreTrainedModel
 
 from hf_earlyexit.data import Example, short_hash
+from hf_earlyexit.policies import SCHEDULES
 from hf_earlyexit.settings import CERTIFICATE, ExitSettings
 
 
@@ -25,7 +28,7 @@ PACKAGES = ("transformers", "torch")
 # What in a generation config leaves the texts alone: what is returned, how the cache lies in memory, padding. Exit
 # settings are compared by themselves, and assistants are refused with early exit.
 NEUTRAL = {"use_cache", "return_dict_in_generate", "pad_token_id", "transformers_version", "target_lookbehind"}
-EXIT_CONDITIONS = ("exit_criterion", "exit_threshold", "exit_schedule", "batch_exit")
+SAMPLING = {"temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff"}
 NEUTRAL_PREFIXES = ("_", "output_", "assistant_", "num_assistant_")
 
 
@@ -51,9 +54,11 @@ class Certificate:
         n: Units that the promise rests on.
         unit: "input", or what else a loss is one of: "group of inputs", "batch of 8 inputs".
         risk: Of the setting on these: `mean`, `upper_bound`, `p_value`, `cost`; None if nothing is certified.
-        cost: What the cheapest setting was chosen by: `name` and `unit`.
-        table: Every setting that was tested, from conservative to eager by curve: `name`, `curve`, `threshold`,
-            `mean`, `upper_bound`, `p_value`, `cost`, `accepted`. Each with `delta` over the number of curves.
+        cost: What the cheapest setting was chosen by, measured on the select part: `name` and `unit`.
+        search: `order` of the tests, `curves`, the number that shares `delta`, and `candidates`, how many settings
+            were looked at on the select part.
+        table: Every setting that was tested, in the order of the tests: `name`, `curve`, `threshold`, `mean`,
+            `upper_bound`, `p_value`, `cost`, `accepted`.
         split: `counts` of inputs, and short `hashes` of each, by part: select, calibrate, report.
         data: `name` and `fingerprint` of the inputs and references; `max_source_tokens`, where longer ones were cut.
         weights: Their fingerprint.
@@ -77,6 +82,7 @@ class Certificate:
     unit: str
     risk: dict[str, Any] | None
     cost: dict[str, str]
+    search: dict[str, Any]
     table: list[dict[str, Any]]
     split: dict[str, Any]
     data: dict[str, Any]
@@ -127,15 +133,18 @@ class Certificate:
         """What is promised and what is not, for people."""
         if not self.certified:
             return f"Nothing is promised of early exit: {self.reason}. The setting is full depth, which loses nothing."
-        loss = f"the mean {self.loss['description']} on inputs like these is at most {self.target:g} with {self.name}"
-        drawn = f"over the draw of {self.n} calibration {_plural(self.unit)}"
+        of = "" if self.unit == "input" else f"over {plural(self.unit)} of the "
+        loss = (
+            f"the mean {of}{self.loss['description']} on inputs like these is at most {self.target:g} with {self.name}"
+        )
+        drawn = f"over the draw of {self.n} calibration {plural(self.unit)}"
         sure = (
-            f"With {1 - self.delta:.0%} confidence {drawn}"
+            f"With {confidence(self.delta)} confidence {drawn}"
             if self.delta
             else f"In expectation {drawn} and one to come"
         )
-        found = f"On these it was {self.risk['mean']:.4g}, at {self.risk['cost']:.2f} {self.cost['unit']}."
-        return f"{sure}, {loss}. {found}{self._reported()}"
+        cost = f"it costs {self.risk['cost']:.2f} {self.cost['unit']}, measured on the select part"
+        return f"{sure}, {loss}. On these it was {self.risk['mean']:.4g}; {cost}.{self._reported()}"
 
     def _reported(self) -> str:
         if self.report is None:
@@ -159,14 +168,19 @@ class Certificate:
         ]
 
 
-def _plural(unit: str) -> str:
+def confidence(delta: float) -> str:
+    """1 - delta in per cent, never rounded up: 99.9 %, 97.5 %, 90 %."""
+    return f"{math.floor(round((1 - delta) * 1e6, 3)) / 1e4:g} %"
+
+
+def plural(unit: str) -> str:
     """Of "input", "group of inputs", "batch of 8 inputs"."""
     first, space, others = unit.partition(" ")
     return f"{first}{'es' if first == 'batch' else 's'}{space}{others}"
 
 
 def call_conditions(
-    settings: ExitSettings, points: Collection[int], config: GenerationConfig, dtype: Any, rows: int | None
+    settings: ExitSettings, points: Collection[int], config: GenerationConfig, model: PreTrainedModel, rows: int | None
 ) -> dict[str, Any]:
     """What of a call decides what it writes, as plain values.
 
@@ -174,32 +188,48 @@ def call_conditions(
         settings: The exit settings of the call.
         points: The layers at which it asks.
         config: The generation config as the library has prepared it for the call, with all defaults filled in.
-        dtype: Of the weights.
+        model: Whose dtype and kind of device count.
         rows: Inputs at once. They matter only where rows wait for each other.
     """
+    rows_wait = settings.batch_exit != "row"
     exits = {
-        name: getattr(settings, name) for name in ("exit_criterion", "exit_threshold", "exit_schedule", "batch_exit")
+        "exit_criterion": settings.exit_criterion,
+        "exit_threshold": None if settings.exit_criterion == "fixed" else settings.exit_threshold,
+        "exit_schedule": _spelled_out(settings.schedule),
+        "exit_points": sorted(points),
+        "batch_exit": settings.batch_exit,
+        "batch_size": rows if rows_wait else None,
     }
-    together = settings.batch_exit != "row"
-    exits |= {"exit_points": sorted(points), "batch_size": rows if together else None}
-    if settings.exit_criterion == "fixed":
-        exits["exit_threshold"] = None
-    return plain({**exits, **_decoding(config), "dtype": str(dtype).removeprefix("torch.")})
+    place = {"dtype": str(model.dtype).removeprefix("torch."), "device": model.device.type}
+    return plain({**exits, **decoding_of(config), **place})
 
 
-def _decoding(config: GenerationConfig) -> dict[str, Any]:
+def _spelled_out(schedule: Any) -> Any:
+    """A named schedule with all that it is made with but the threshold, which stands by itself; an object as it is."""
+    name = next((name for name, kind in SCHEDULES.items() if type(schedule) is kind), None)
+    if name is None:
+        return schedule
+    options = {key: value for key, value in asdict(schedule).items() if key != "threshold"}
+    return {"name": name, **options} if options else name
+
+
+def decoding_of(config: GenerationConfig) -> dict[str, Any]:
     """What a prepared generation config sets that changes texts and is not as everywhere."""
     usual = config._get_default_generation_params()
     values = {
         name: value
         for name, value in config.to_dict().items()
-        if value not in (None, usual.get(name))
-        and name not in {*NEUTRAL, *ExitSettings.names(), CERTIFICATE}
-        and not name.startswith(NEUTRAL_PREFIXES)
+        if changes_texts(name) and value not in (None, usual.get(name)) and (config.do_sample or name not in SAMPLING)
     }
     if values.get("max_new_tokens") is not None:
         values.pop("max_length", None)  # which then does not count
     return {"max_length": config.max_length, **values} if "max_new_tokens" not in values else values
+
+
+def changes_texts(name: str) -> bool:
+    """Whether an attribute of a generation config is about decoding: no exit setting, and not what is returned."""
+    kept_apart = {*NEUTRAL, *ExitSettings.names(), CERTIFICATE}
+    return name not in kept_apart and not name.startswith(NEUTRAL_PREFIXES)
 
 
 def plain(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -207,6 +237,7 @@ def plain(values: Mapping[str, Any]) -> dict[str, Any]:
     return json.loads(json.dumps(dict(values), default=repr))
 
 
+@functools.cache
 def versions() -> dict[str, str]:
     """Of this package and what its texts depend on."""
     from hf_earlyexit import __version__

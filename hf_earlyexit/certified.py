@@ -8,13 +8,13 @@ from __future__ import annotations
 import copy
 import os
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
+import torch
+from transformers import GenerationConfig
 from transformers.utils import cached_file
 
-from hf_earlyexit.certificate import FILE, Certificate, CertificateWarning, call_conditions
+from hf_earlyexit.certificate import FILE, Certificate, CertificateWarning, call_conditions, changes_texts
 from hf_earlyexit.fingerprint import weights_fingerprint, weights_marks
 from hf_earlyexit.settings import CERTIFICATE, ExitSettings
 
@@ -22,6 +22,10 @@ from hf_earlyexit.settings import CERTIFICATE, ExitSettings
 # Arguments of `generate` that change texts and are in no generation config.
 IN_NO_CONFIG = ("logits_processor", "stopping_criteria", "prefix_allowed_tokens_fn", "decoder_input_ids")
 INPUTS = ("inputs", "input_ids", "inputs_embeds")
+NOT_SAVED = (
+    "The weights are not those that the certificate is about, so it is not saved with them: calibrate again "
+    "(`hf-earlyexit calibrate`)."
+)
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
 
 
@@ -41,18 +45,20 @@ class CertifiedMixin:
     """
 
     exit_certificate: Certificate | None = None
-    _known_weights: tuple[Any, bool] | None = None  # marks of the certified ones, and whether they have been read
+    # Marks of the weights, whether they are the certified ones, and whether they were read to say so.
+    _known_weights: tuple[Any, bool, bool] | None = None
 
     def certify(self, certificate: Certificate) -> None:
-        """Take over a certificate, and in `generation_config` what it is about: decoding, and exit settings in place
-        of all that are stored.
+        """Take over a certificate, and in `generation_config` what it is about: decoding and exit settings, in place
+        of all that are stored. `strict_certificate` stays as it is.
 
         The weights must be the certified ones; `generate` and `save_pretrained` see to that.
         """
+        strict = getattr(self.generation_config, "strict_certificate", None)
         self._forget_certificate()
-        for name, value in {**certificate.decoding, **certificate.setting}.items():
-            setattr(self.generation_config, name, value)
-        setattr(self.generation_config, CERTIFICATE, FILE)
+        self.generation_config = certified_config(self.generation_config, certificate)
+        if strict is not None:
+            self.generation_config.strict_certificate = strict
         self.exit_certificate = certificate
 
     def _forget_certificate(self) -> None:
@@ -96,29 +102,42 @@ class CertifiedMixin:
         """
         config, _ = super()._prepare_generation_config(call.get("generation_config"), **call.get("kwargs", {}))
         points = settings.exit_points(self.early_exit, self.decoder_adapter.shape(self).num_layers)
-        rows = next((len(call[name]) for name in INPUTS if call.get(name) is not None), None)
-        own = {name: call[name] for name in IN_NO_CONFIG if call.get(name) is not None}
-        return call_conditions(settings, points, config, self.dtype, rows) | own
+        own = {name: _described(call[name]) for name in IN_NO_CONFIG if _is_given(call.get(name))}
+        if torch.is_autocast_enabled(self.device.type):
+            own["autocast"] = str(torch.get_autocast_dtype(self.device.type)).removeprefix("torch.")
+        return call_conditions(settings, points, config, self, _rows_of(call)) | own
 
     def _has_certified_weights(self, read: bool) -> bool:
         """Whether the weights are the certificate's. They are read if they may have changed since they were known to
         be, and with `read` once in any case."""
         marks = weights_marks(self)
-        known, is_read = self._known_weights or (None, False)
-        if marks == known and (is_read or not read):
-            return True
-        same = weights_fingerprint(self) == self.exit_certificate.weights
-        self._known_weights = (marks, True) if same else None
+        known, same, was_read = self._known_weights or (None, False, False)
+        if marks != known or (read and not was_read):
+            same = weights_fingerprint(self) == self.exit_certificate.weights
+            self._known_weights = (marks, same, True)
         return same
 
     # --- files ------------------------------------------------------------------------------------------------------
 
     def save_pretrained(self, save_directory: str | os.PathLike, is_main_process: bool = True, **kwargs) -> None:
-        """As the library's; a certificate goes with it, unless the weights are no longer the certified ones."""
-        with self._certificate_if_it_holds():
-            super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
-            if is_main_process:
-                self._save_certificate(save_directory)
+        """As the library's; a certificate goes with it, unless the weights that are written are not the certified
+        ones. They are read for that: not everything that writes to weights can be noticed.
+        """
+        certificate, saved = self.exit_certificate, self
+        if certificate is not None and weights_fingerprint(self, kwargs.get("state_dict")) != certificate.weights:
+            warnings.warn(NOT_SAVED, CertificateWarning, stacklevel=3)
+            saved = self._without_certificate()
+        super(CertifiedMixin, saved).save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
+        if is_main_process:
+            saved._save_certificate(save_directory)
+
+    def _without_certificate(self) -> Any:
+        """A copy that shares all weights and keeps the settings; other threads go on with the model as it is."""
+        other = copy.copy(self)
+        other.generation_config = copy.deepcopy(self.generation_config)
+        other.generation_config.__dict__.pop(CERTIFICATE, None)
+        other.exit_certificate = None
+        return other
 
     def _upload_modified_files(self, working_dir: str | os.PathLike, *args, **kwargs):
         """`save_pretrained(push_to_hub=True)` uploads before it returns."""
@@ -128,27 +147,6 @@ class CertifiedMixin:
     def _save_certificate(self, folder: str | os.PathLike) -> None:
         if self.exit_certificate is not None:
             self.exit_certificate.save(folder)
-
-    @contextmanager
-    def _certificate_if_it_holds(self) -> Iterator[None]:
-        """Without the certificate while the weights are others."""
-        certificate, reference = self.exit_certificate, getattr(self.generation_config, CERTIFICATE, None)
-        if certificate is None or self._has_certified_weights(read=True):
-            yield
-            return
-        warnings.warn(
-            "The weights are no longer those that the certificate is about, so it is not saved with them: calibrate "
-            "again (`hf-earlyexit calibrate`).",
-            CertificateWarning,
-            stacklevel=5,
-        )
-        self.exit_certificate = None
-        self.generation_config.__dict__.pop(CERTIFICATE, None)
-        try:
-            yield
-        finally:
-            self.exit_certificate = certificate
-            setattr(self.generation_config, CERTIFICATE, reference)
 
     def _load_certificate(self, path: str | os.PathLike, as_stored: bool, hub: dict[str, Any]) -> None:
         """Read the certificate that `generation_config` names, from where the model comes from.
@@ -168,4 +166,31 @@ class CertifiedMixin:
             warnings.warn(message, CertificateWarning, stacklevel=4)
             return
         self.exit_certificate = Certificate.load(file)
-        self._known_weights = (weights_marks(self), False) if as_stored else None
+        self._known_weights = (weights_marks(self), True, False) if as_stored else None
+
+
+def certified_config(config: GenerationConfig, certificate: Certificate) -> GenerationConfig:
+    """A generation config that says what a certificate is about, and besides that what `config` does."""
+    certified = copy.deepcopy(config)
+    for name in [name for name in certified.to_dict() if changes_texts(name) and hasattr(GenerationConfig(), name)]:
+        setattr(certified, name, None)
+    for name, value in {**certificate.decoding, **certificate.setting, CERTIFICATE: FILE}.items():
+        setattr(certified, name, value)
+    return certified
+
+
+def _is_given(value: Any) -> bool:
+    """Whether an argument says anything: an empty list does not."""
+    return value is not None and not (isinstance(value, list) and not value)
+
+
+def _described(value: Any) -> str:
+    """Without the numbers of a tensor."""
+    return f"a tensor of shape {list(value.shape)}" if isinstance(value, torch.Tensor) else repr(value)
+
+
+def _rows_of(call: dict[str, Any]) -> int | None:
+    """How many inputs a call of `generate` has."""
+    given = [call[name] for name in INPUTS if call.get(name) is not None]
+    states = call.get("encoder_outputs")
+    return len(given[0]) if given else None if states is None else len(states[0])

@@ -129,16 +129,34 @@ def load(arguments: argparse.Namespace):
     return model.to(arguments.device).eval(), AutoTokenizer.from_pretrained(path)
 
 
-def check_parent(flag: str, path: str) -> None:
-    """Refuse, before any work, a place to write to in a folder that is not there."""
-    folder = Path(path).absolute().parent
-    if not folder.is_dir():
-        raise ValueError(f"{flag} {path}: there is no folder {folder} to write to")
+def check_file(flag: str, path: str | None) -> None:
+    """Refuse, before any work, a file that cannot be written: no such folder, or a folder itself."""
+    if path is None:
+        return
+    check_folder(flag, str(Path(path).absolute().parent))
+    if Path(path).is_dir():
+        raise ValueError(f"{flag} {path} is a folder: name a file in it")
+
+
+def check_folder(flag: str, path: str) -> None:
+    """Refuse, before any work, a folder to write to that is not there."""
+    if not Path(path).is_dir():
+        raise ValueError(f"{flag}: there is no folder {path} to write to")
+
+
+def check_new_folder(flag: str, path: str) -> None:
+    """Refuse, before any work, a folder that cannot be made."""
+    check_folder(flag, str(Path(path).absolute().parent))
+    if Path(path).is_file():
+        raise ValueError(f"{flag} {path} is a file: name a folder")
 
 
 def curves_of(given: list[list[str]] | None) -> dict[str, tuple[float, ...]] | None:
-    """`--curve` as thresholds by curve."""
+    """`--curve` as thresholds by curve; of a curve that is named twice all of them."""
+    curves: dict[str, tuple[float, ...]] = {}
     try:
-        return {name: tuple(map(float, thresholds)) for name, *thresholds in given} if given else None
+        for name, *thresholds in given or []:
+            curves[name] = (*curves.get(name, ()), *map(float, thresholds))
     except ValueError as error:
         raise ValueError(f"--curve takes a name and thresholds: {error}") from error
+    return curves or None

@@ -13,7 +13,8 @@ from hf_earlyexit.cli_arguments import (
     Verb,
     add_model_arguments,
     check_device,
-    check_parent,
+    check_file,
+    check_new_folder,
     curves_of,
     load,
     model_path,
@@ -25,8 +26,8 @@ from hf_earlyexit.cli_data import add_data_arguments, data_name, read_examples
 
 CALIBRATE = """\
 Find the fastest setting of a model whose quality loss on inputs to come is shown to be at most a target, and save the
-checkpoint with that setting and its certificate. Inputs are split in three: on the first part curves are chosen, on
-the second they are tested, on the third the result is reported. Where nothing is good enough it is full depth.
+checkpoint with that setting and its certificate. Inputs are split in three: the first part says what is tested and in
+which order, on the second it is tested, on the third the result is reported. Where nothing passes it is full depth.
 """
 CALIBRATE_EXAMPLE = """\
 example:
@@ -98,7 +99,10 @@ def add_search_arguments(group) -> None:
 
 def calibrate(arguments: argparse.Namespace) -> int:
     """The verb `calibrate`."""
-    check_parent("--output-dir", arguments.output_dir)
+    journal = arguments.journal or f"{arguments.output_dir.rstrip('/')}.journal"
+    check_new_folder("--output-dir", arguments.output_dir)
+    check_file("--journal", journal)
+    check_file("--losses", arguments.losses)
     check_device(arguments.device)
     from hf_earlyexit.model_calibration import Use, calibrate_model
     from hf_earlyexit.promise import Promise
@@ -116,7 +120,6 @@ def calibrate(arguments: argparse.Namespace) -> int:
     )
     examples = read_examples(arguments, unique=True)
     model, tokenizer = load(arguments)
-    journal = arguments.journal or f"{arguments.output_dir.rstrip('/')}.journal"
     found = calibrate_model(
         model, tokenizer, examples, promise, use, search, path=journal, data_name=data_name(arguments)
     )
@@ -147,7 +150,8 @@ def save(model, tokenizer, certificate, arguments: argparse.Namespace) -> None:
         tokenizer.save_pretrained(folder)
         return
     if source.resolve() != folder.resolve():
-        shutil.copytree(source, folder, dirs_exist_ok=True)
+        shutil.copytree(source, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("checkpoint-*"))
+    model.config.save_pretrained(folder)  # with the certified dtype, in which it will be loaded
     model.generation_config.save_pretrained(folder)
     certificate.save(folder)
 

@@ -22,7 +22,9 @@ def add_data_arguments(parser) -> None:
     parser.add_argument("--target-column", metavar="NAME", help="column of the references (known names are found)")
     parser.add_argument("--group-by", metavar="NAME", help="column that says which rows belong together")
     parser.add_argument("--prefix", default="", metavar="TEXT", help="put before each input, such as 'summarize: '")
-    parser.add_argument("--max-inputs", type=positive, metavar="N", help="distinct inputs at most (all)")
+    parser.add_argument(
+        "--max-inputs", type=positive, metavar="N", help="distinct inputs at most, drawn by a hash (all)"
+    )
 
 
 def read_examples(arguments: argparse.Namespace, *, unique: bool) -> list[Example]:
@@ -40,14 +42,14 @@ def read_examples(arguments: argparse.Namespace, *, unique: bool) -> list[Exampl
 
     if arguments.file is None:
         _refuse_without_file(arguments)
-        return default_examples()[: arguments.max_inputs]
+        return data.in_random_order(default_examples(), arguments.max_inputs)
     rows = data.read_file(arguments.file)
     source, target = data.text_columns(rows.column_names, arguments.source_column, arguments.target_column)
     if unique or arguments.group_by is not None:
         options = {"prefix": arguments.prefix, "group_by": arguments.group_by}
-        return data.read_examples(rows, source, target, **options)[: arguments.max_inputs]
+        return data.in_random_order(data.read_examples(rows, source, target, **options), arguments.max_inputs)
     pairs = data.column_pairs(rows, source, target, prefix=arguments.prefix)
-    return data.group_by_input(pairs)[: arguments.max_inputs]
+    return data.in_random_order(data.group_by_input(pairs), arguments.max_inputs)
 
 
 def _refuse_without_file(arguments: argparse.Namespace) -> None:

@@ -13,7 +13,7 @@ from hf_earlyexit.cli_arguments import (
     Verb,
     add_model_arguments,
     check_device,
-    check_parent,
+    check_file,
     curves_of,
     load,
     positive,
@@ -79,7 +79,8 @@ def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
 
 def evaluate(arguments: argparse.Namespace) -> int:
     """The verb `evaluate`."""
-    check_files(arguments)
+    check_file("--output", arguments.output)
+    check_file("--journal", journal_of(arguments))
     check_device(arguments.device)
     curves = curves_of(arguments.curve)
     from hf_earlyexit.evaluation import evaluate_model
@@ -112,14 +113,6 @@ def journal_of(arguments: argparse.Namespace) -> str:
     return arguments.journal or f"{arguments.output}.journal"
 
 
-def check_files(arguments: argparse.Namespace) -> None:
-    """Refuse, before any work, places that cannot be written to."""
-    for flag, path in (("--output", arguments.output), ("--journal", journal_of(arguments))):
-        check_parent(flag, path)
-        if Path(path).is_dir():
-            raise ValueError(f"{flag} {path} is a folder: name a file in it")
-
-
 def unseen_of(model, examples: Sequence[Example]) -> list[Example]:
     """The inputs that the model's certificate was neither chosen nor tested on."""
     if model.exit_certificate is None:
@@ -132,11 +125,16 @@ def unseen_of(model, examples: Sequence[Example]) -> list[Example]:
 
 def table_of(results: Mapping[str, Any]) -> str:
     """A line for each cell."""
+    from hf_earlyexit.questions import time_ratio
+
     header = ("", "rule", "batch", "layers", "ROUGE-L", "as full depth", "time", "tokens/s", "ms/token")
-    return terminal.table(header, [_line(cell, results["quality"][cell["quality"]]) for cell in results["cells"]])
+    cells = results["cells"]
+    ratios = [time_ratio(results, cell)["median"] for cell in cells]
+    lines = [_line(cell, results["quality"][cell["quality"]], ratio) for cell, ratio in zip(cells, ratios)]
+    return terminal.table(header, lines)
 
 
-def _line(cell: Mapping[str, Any], quality: Mapping[str, Any]) -> tuple[str, ...]:
+def _line(cell: Mapping[str, Any], quality: Mapping[str, Any], ratio: float) -> tuple[str, ...]:
     time, scores = cell["time"], quality["scores"]
     between = time["ours"]["inter_token_ms"]["median"]
     return (
@@ -146,7 +144,7 @@ def _line(cell: Mapping[str, Any], quality: Mapping[str, Any]) -> tuple[str, ...
         f"{quality['mean_layers']['mean']:.2f}",
         f"{scores['rougeL']['mean']:.1f}",
         f"{scores['consistency']['mean']:.1f}",
-        f"{time['ratio']['cpu']['median']:.2f}x",
+        f"{ratio:.2f}x",
         f"{time['ours']['tokens_per_second']:.0f}",
         "-" if between is None else f"{between:.1f}",
     )
@@ -165,7 +163,7 @@ def add_report_arguments(parser: argparse.ArgumentParser) -> None:
 def report(arguments: argparse.Namespace) -> int:
     """The verb `report`."""
     html = arguments.html or str(Path(arguments.results).with_suffix(".html"))
-    check_parent("--html", html)
+    check_file("--html", html)
     from hf_earlyexit.report import read_results, write_report
 
     for path in write_report(read_results(arguments.results), html, arguments.png):

@@ -11,7 +11,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, groupby
 from pathlib import Path
 from typing import Any
 
@@ -160,6 +160,22 @@ def split_by_unit(examples: Sequence[Example], shares: Mapping[str, float]) -> d
         if example.unit in part_of:
             parts[part_of[example.unit]].append(example)
     return parts
+
+
+def in_random_order(examples: Sequence[Example], at_most: int | None = None) -> list[Example]:
+    """The inputs by the hash of their units, which has nothing to do with how a file is sorted; the same in every run.
+
+    Args:
+        examples: In whatever order.
+        at_most: How many; units are taken whole.
+    """
+    ordered, taken = split_by_unit(examples, {"all": 1.0})["all"], []
+    for _, members in groupby(ordered, key=lambda example: example.unit):
+        unit = list(members)
+        if at_most is not None and len(taken) + len(unit) > at_most:
+            break
+        taken += unit
+    return taken
 
 
 def _digest(text: str) -> bytes:

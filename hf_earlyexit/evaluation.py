@@ -6,7 +6,6 @@ cell is timed beside stock at full depth, taking turns in one process. Results a
 
 from __future__ import annotations
 
-import hashlib
 import random
 import subprocess
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -24,10 +23,11 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from hf_earlyexit import latency
 from hf_earlyexit.candidates import FULL_DEPTH, STATIC, Candidate, full_depth
+from hf_earlyexit.certificate import versions
 from hf_earlyexit.certified import uncertified
-from hf_earlyexit.data import Example, data_fingerprint
+from hf_earlyexit.data import Example, data_fingerprint, in_random_order
 from hf_earlyexit.extras import require
-from hf_earlyexit.fingerprint import weights_fingerprint
+from hf_earlyexit.fingerprint import tokenizer_fingerprint, weights_fingerprint
 from hf_earlyexit.grid import Cell, Grid, is_on_a_curve
 from hf_earlyexit.heat_map import heat_map
 from hf_earlyexit.intervals import mean_interval, ratio_interval
@@ -38,7 +38,7 @@ from hf_earlyexit.models import EarlyExitT5ForConditionalGeneration
 from hf_earlyexit.reliability import reliability
 from hf_earlyexit.settings import ExitSettings
 from hf_earlyexit.stock import stock_generate, stock_of
-from hf_earlyexit.timing import CLOCKS, one_thread, spread, take_turns
+from hf_earlyexit.timing import CLOCKS, clock_of, one_thread, spread, take_turns
 from hf_earlyexit.writing import Text, Writer, Writing
 
 
@@ -93,8 +93,9 @@ class _Evaluation:
     def __init__(self, model, tokenizer, examples, grid: Grid, generation, max_source_tokens, path, data_name: str):
         require("scipy.stats", "calibrate")  # here too, so that it does not come out after hours of generating
         _refuse_unjudgeable(examples)
-        self.certificate, self.started = model.exit_certificate, date.today().isoformat()
-        self.model, self.examples, self.grid = uncertified(model), list(examples), grid
+        self.tokenizer, self.started = tokenizer, date.today().isoformat()
+        self.certificate = model.exit_certificate
+        self.model, self.examples, self.grid = uncertified(model), in_random_order(examples), grid
         self.candidates = grid.candidates(model)
         _refuse_larger(grid.batch_sizes, len(self.examples))
         self.asked = {
@@ -108,7 +109,7 @@ class _Evaluation:
         }
         self.options = {"generation": dict(generation or {}), "max_source_tokens": max_source_tokens}
         self.options["journal"] = self.journal = Journal(path, {**self.asked, **self._not_shown(generation or {})})
-        self.tokenizer, self.stocks = tokenizer, {None: stock_of(self.model)}
+        self.stocks = {None: stock_of(self.model)}
         self.writer = self._writer(grid.writing_batch_size)
 
     def run(self) -> dict[str, Any]:
@@ -119,7 +120,9 @@ class _Evaluation:
             if cell.quality not in quality:
                 quality[cell.quality] = self._quality(cell, full)
             cells.append(self._timed(cell))
-        shown = best(quality, cells, self.grid) or next(cell for cell in cells if is_on_a_curve(cell["curve"]))
+        shown = best(quality, cells, self.grid, clock_of(self.model.device.type)) or next(
+            cell for cell in cells if is_on_a_curve(cell["curve"])
+        )
         return {
             "format": FORMAT,
             "asked": {**self.asked, **self._of_grid()},
@@ -145,7 +148,8 @@ class _Evaluation:
             "decoding": {name: value for name, value in conditions.items() if hasattr(GenerationConfig(), name)},
             "exits": self.model.early_exit.to_dict(),
             "device": self.model.device.type,
-            "order": _digest([one.source for one in self.examples]),  # batches go by number
+            "tokenizer": tokenizer_fingerprint(self.tokenizer),
+            "versions": versions(),
         }
 
     def _writer(self, size: int) -> Writer:
@@ -153,7 +157,8 @@ class _Evaluation:
 
     def _of_grid(self) -> dict[str, Any]:
         names = ("batch_sizes", "batch_rules", "points")
-        return {"model": Path(self.model.name_or_path).name, **{name: getattr(self.grid, name) for name in names}}
+        about = {"model": Path(self.model.name_or_path).name, "clock": clock_of(self.model.device.type)}
+        return about | {name: getattr(self.grid, name) for name in names}
 
     def _inputs(self, full: Sequence[Text]) -> dict[str, Any]:
         masks = [row for batch in self.writer.batches(self.examples) for row in batch["attention_mask"]]
@@ -232,10 +237,6 @@ class _Evaluation:
         return heat_map(self.writer, self._stock(None), few, full[:SHOWN], shown["name"], shown["keywords"])
 
 
-def _digest(texts: Sequence[str]) -> str:
-    return hashlib.sha256("\0".join(texts).encode()).hexdigest()
-
-
 def _refuse_unjudgeable(examples: Sequence[Example]) -> None:
     if not examples:
         raise ValueError("`examples` must have at least one input, got none.")
@@ -305,7 +306,9 @@ def time_beside_stock(ours: Way, stock: Way, batches: Iterable[Mapping[str, Any]
     return found
 
 
-def best(quality: Mapping[str, Any], cells: Sequence[Mapping[str, Any]], grid: Grid) -> Mapping[str, Any] | None:
+def best(
+    quality: Mapping[str, Any], cells: Sequence[Mapping[str, Any]], grid: Grid, clock: str = "cpu"
+) -> Mapping[str, Any] | None:
     """The fastest cell of the smallest batch size that loses at most `points` of ROUGE-L."""
     least = quality[FULL_DEPTH]["scores"]["rougeL"]["mean"] - grid.points
     good = [
@@ -315,7 +318,7 @@ def best(quality: Mapping[str, Any], cells: Sequence[Mapping[str, Any]], grid: G
         and cell["batch_size"] == min(grid.batch_sizes)
         and quality[cell["quality"]]["scores"]["rougeL"]["mean"] >= least
     ]
-    return min(good, key=lambda cell: cell["time"]["ratio"]["cpu"]["median"], default=None)
+    return min(good, key=lambda cell: cell["time"]["ratio"][clock]["median"], default=None)
 
 
 def commit() -> str | None:

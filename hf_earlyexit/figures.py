@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from hf_earlyexit.candidates import FULL_DEPTH, STATIC
 from hf_earlyexit.extras import require
-from hf_earlyexit.questions import Results, choices, curves, full_depth
+from hf_earlyexit.questions import CLOCKS, Results, choices, clock, curves, full_depth, time_ratio
 
 
 if TYPE_CHECKING:
@@ -52,10 +52,11 @@ def quality_time(results: Results) -> Figure | None:
     """ROUGE-L against time over stock's, a panel for each batch size."""
 
     def place(cell: dict[str, Any], quality: dict[str, Any]) -> tuple[float, tuple[float, float]]:
-        time = cell["time"]["ratio"]["cpu"]
+        time = time_ratio(results, cell)
         return time["median"], (time["median"] * time["iqr"] / 2,) * 2
 
-    return _quality(results, place, "time over stock's, CPU clock (1: as fast as stock, less: faster)", at_stock=1.0)
+    label = f"time over stock's, {CLOCKS[clock(results)]} (1: as fast as stock, less: faster)"
+    return _quality(results, place, label, at_stock=1.0)
 
 
 def quality_layers(results: Results) -> Figure | None:
@@ -212,7 +213,7 @@ def latency(results: Results) -> Figure | None:
         times = [cell["time"][who]["inter_token_ms"] for cell in cells]
         return {"median": [time["median"] for time in times], "p95": [time["p95"] for time in times]}
 
-    return _over_thresholds(results, lines, "ms between tokens")
+    return _over_thresholds(results, lines, "ms between tokens, wall clock")
 
 
 def throughput(results: Results) -> Figure | None:
@@ -221,7 +222,7 @@ def throughput(results: Results) -> Figure | None:
     def lines(cells: Sequence[dict[str, Any]], who: str) -> dict[str, list[float]]:
         return {"median": [cell["time"][who]["tokens_per_second"] for cell in cells]}
 
-    return _over_thresholds(results, lines, "tokens per second")
+    return _over_thresholds(results, lines, "tokens per second, wall clock")
 
 
 def _over_thresholds(results: Results, lines: Callable, label: str) -> Figure | None:

@@ -78,7 +78,7 @@ def timed_generate(
     """
     times = CallTimes(start=_now(model.device))
     with _encoder_timed(model, times):
-        ids = generate(**batch, stopping_criteria=[StepClock(times)])
+        ids = generate(**batch, stopping_criteria=[StepClock(times)], return_dict_in_generate=False)
     times.end = _now(model.device)
     times.tokens = count_tokens(ids[:, 1:], model.generation_config.eos_token_id)
     return times

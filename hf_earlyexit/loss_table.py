@@ -22,7 +22,7 @@ from hf_earlyexit.data import Example
 from hf_earlyexit.losses import Loss
 from hf_earlyexit.promise import units_of
 from hf_earlyexit.stock import stock_generate
-from hf_earlyexit.timing import one_thread, take_turns
+from hf_earlyexit.timing import clock_of, one_thread, take_turns
 from hf_earlyexit.writing import Writer
 
 
@@ -130,5 +130,5 @@ def times_beside_stock(
 
     with one_thread(), tqdm(total=rounds, desc="timing", unit="batch", leave=False) as progress:
         times = take_turns(map(calls, batches), Random(0), progress.update)
-    clock = "cpu" if writer.model.device.type == "cpu" else "wall"
+    clock = clock_of(writer.model.device.type)
     return [times.ratio(name, {"stock": 1.0}, clock)["median"] for name in names]

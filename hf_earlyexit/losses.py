@@ -31,6 +31,7 @@ class Loss(Protocol):
         lower: No loss is below; under 0 where early exit may win.
         upper: No loss is above.
         needs_references: Whether the inputs must have some.
+        binary: Whether it is 0 or 1 for every input.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Loss(Protocol):
     lower: float
     upper: float
     needs_references: bool
+    binary: bool
 
     def of(self, early: Text, full: Text, references: Sequence[str]) -> float:
         """The loss of one input, in [lower, upper]."""
@@ -57,6 +59,7 @@ class Inconsistency:
     lower: float = 0.0
     upper: float = 1.0
     needs_references: bool = False
+    binary: bool = False
 
     def of(self, early: Text, full: Text, references: Sequence[str]) -> float:
         return self.distance(early, full)
@@ -76,6 +79,7 @@ class Drop:
     clipped: bool = False
     upper: float = 1.0
     needs_references: bool = True
+    binary: bool = False
 
     @property
     def lower(self) -> float:
@@ -150,7 +154,7 @@ LOSSES: dict[str, Loss] = {
     for loss in (
         Inconsistency("text_distance", "distance from full depth's text (1 - ROUGE-L)", text_distance),
         Inconsistency("token_mismatch", "share of tokens that are not full depth's", token_mismatch),
-        Inconsistency("text_mismatch", "share of texts that are not full depth's", text_mismatch),
+        Inconsistency("text_mismatch", "share of texts that are not full depth's", text_mismatch, binary=True),
         _rouge("rouge1"),
         _rouge("rouge2"),
         _rouge("rougeL"),

@@ -19,8 +19,10 @@ from hf_earlyexit.calibration import Calibration
 from hf_earlyexit.candidates import Candidate, full_depth
 from hf_earlyexit.certificate import Certificate, versions
 from hf_earlyexit.certified import uncertified
+from hf_earlyexit.config import is_integer
 from hf_earlyexit.data import Example, data_fingerprint, short_hash, split_by_unit
-from hf_earlyexit.fingerprint import weights_fingerprint
+from hf_earlyexit.extras import require
+from hf_earlyexit.fingerprint import tokenizer_fingerprint, weights_fingerprint
 from hf_earlyexit.intervals import mean_interval
 from hf_earlyexit.journal import Journal
 from hf_earlyexit.loss_table import LossTable, record_losses, times_beside_stock
@@ -32,6 +34,7 @@ from hf_earlyexit.stock import stock_of
 from hf_earlyexit.writing import Writer
 
 
+SHARED = ("exit_schedule", "batch_exit", "fill")
 NONE_SAFE = "no setting was shown to keep the target"
 NONE_FASTER = "no setting that was shown to keep the target costs less than full depth"
 
@@ -52,6 +55,16 @@ class Use:
     exits: Mapping[str, Any] = field(default_factory=dict)
     generation: Mapping[str, Any] = field(default_factory=dict)
     max_source_tokens: int | None = None
+
+    def __post_init__(self):
+        for name in ("batch_size", "max_source_tokens"):
+            value = getattr(self, name)
+            if value is not None and (not is_integer(value) or value < 1):
+                raise ValueError(f"`{name}` must be a whole number of at least 1, got {value!r}.")
+        if unknown := sorted(set(self.exits) - set(SHARED)):
+            raise ValueError(
+                f"`exits` may have {list(SHARED)}, got {unknown[0]!r}: name criteria as curves of a search."
+            )
 
     @property
     def rows_per_batch(self) -> int | None:
@@ -113,6 +126,9 @@ class _Calibrator:
 
     def __init__(self, model, tokenizer, examples, promise: Promise, use: Use, search: Search, path):
         self.model, self.promise, self.use, self.search = uncertified(model), promise, use, search
+        self.tokenizer = tokenizer
+        require("scipy.stats", "calibrate")  # here too, so that it does not come out after hours of generating
+        _refuse_training(model)
         self.candidates = search.candidates(model, use.exits)
         self.finalists = min(search.finalists, len(curves_of(self.candidates)))
         _refuse_repeated(examples)
@@ -162,6 +178,8 @@ class _Calibrator:
         """What a call is like, as a certificate keeps it, but for what differs between candidates."""
         if self.use.rows_per_batch and any(one.group for part in self.parts.values() for one in part):
             raise ValueError("`batch_exit` other than 'row' does not go with groups of inputs: units would mix.")
+        if self.promise.bound == "clopper_pearson" and self._unit(self._examples()) != "input":
+            raise ValueError("`bound='clopper_pearson'` does not go with units of several inputs: use 'wsr' or 'hb'.")
         unknown = [name for name in self.use.generation if not hasattr(GenerationConfig(), name)]
         if unknown:
             raise ValueError(
@@ -187,6 +205,9 @@ class _Calibrator:
         """What everything in the journal depends on."""
         shared = {name: value for name, value in self.conditions.items() if not name.startswith("exit_")}
         return {
+            "built in": self.model.early_exit.to_dict(),
+            "tokenizer": tokenizer_fingerprint(self.tokenizer),
+            "versions": versions(),
             "weights": weights_fingerprint(self.model),
             "inputs": data_fingerprint(examples),
             "shares": dict(self.search.shares),
@@ -264,7 +285,7 @@ class _Calibrator:
         setting = chosen or full_depth()
         risk = next((row for row in rows if row["name"] == setting.name), None)
         crc = self.promise.method == "crc"
-        examples = [one for part in self.parts.values() for one in part]
+        examples = self._examples()
         return Certificate(
             certified=chosen is not None,
             reason=reason,
@@ -279,6 +300,11 @@ class _Calibrator:
             unit=self._unit(examples),
             risk=risk and {name: risk[name] for name in ("mean", "upper_bound", "p_value", "cost")},
             cost={"name": self.search.cost, "unit": self._cost_unit()},
+            search={
+                "order": self.search.order,
+                "curves": self.finalists,
+                "candidates": len(self.candidates),
+            },
             table=rows,
             split={
                 "counts": {name: len(part) for name, part in self.parts.items()},
@@ -296,6 +322,9 @@ class _Calibrator:
             report=report,
         )
 
+    def _examples(self) -> list[Example]:
+        return [one for part in self.parts.values() for one in part]
+
     def _unit(self, examples: Sequence[Example]) -> str:
         if self.use.rows_per_batch:
             return f"batch of {self.use.rows_per_batch} inputs"
@@ -305,6 +334,11 @@ class _Calibrator:
         if self.search.cost == "layers":
             return "decoder layers per token"
         return f"of stock's time, batch {self.use.batch_size}"
+
+
+def _refuse_training(model) -> None:
+    if model.training:
+        raise ValueError("`model` is in training mode: call `model.eval()`.")
 
 
 def _refuse_repeated(examples: Sequence[Example]) -> None:

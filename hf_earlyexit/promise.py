@@ -8,9 +8,10 @@ from typing import Any
 
 from numpy.typing import ArrayLike
 
-from hf_earlyexit.calibration import Calibration, calibrate, inputs_needed, split_delta
+from hf_earlyexit.calibration import Calibration, are_enough, calibrate, inputs_needed, split_delta
 from hf_earlyexit.data import Example
 from hf_earlyexit.losses import LOSSES, Loss
+from hf_earlyexit.writing import Text
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,21 @@ class Promise:
             if self.loss not in LOSSES:
                 raise ValueError(f"`loss` must be one of {list(LOSSES)} or an object, got {self.loss!r}.")
             object.__setattr__(self, "loss", LOSSES[self.loss])
+        self._check_loss()
         self.inputs_needed()
+
+    def _check_loss(self) -> None:
+        lacking = [name for name in Loss.__annotations__ if not hasattr(self.loss, name)]
+        if lacking or not callable(getattr(self.loss, "of", None)):
+            raise ValueError(
+                f"`loss` must be one of {list(LOSSES)} or an object with {[*Loss.__annotations__, 'of']}, got "
+                f"{self.loss!r}."
+            )
+        if self.method != "crc" and self.bound == "clopper_pearson" and not self.loss.binary:
+            raise ValueError(
+                f"`bound='clopper_pearson'` is for losses of 0 and 1, such as 'text_mismatch', not "
+                f"{self.loss.name!r}: use 'wsr' or 'hb'."
+            )
 
     def calibrate(self, losses: ArrayLike, costs: ArrayLike, curves: int = 1) -> Calibration:
         """Which of a curve's columns keep the promise, where as many curves are tested on the same inputs."""
@@ -57,7 +72,8 @@ class Promise:
         """
         if self.method == "crc" and curves > 1:
             raise ValueError(f"`finalists={curves}` does not go with `method='crc'`, which has no delta to share.")
-        if (needed := self.inputs_needed(curves)) > units:
+        if not are_enough(max(1, units), **self._asked(curves)) or not units:
+            needed = self.inputs_needed(curves)
             total = sum(map(len, parts.values()))
             raise ValueError(
                 f"The calibrate part has {units} units, of {total} inputs: too few for `target={self.target}` "
@@ -65,11 +81,18 @@ class Promise:
                 "give more inputs, a larger share of them, or a larger target."
             )
         without = next((one for part in parts.values() for one in part if not one.references), None)
+        self._try_loss()
         if self.loss.needs_references and without is not None:
             raise ValueError(
                 f"`loss={self.loss.name!r}` needs references, and the input {without.source[:80]!r} has none: name "
                 "their column, or use a loss against full depth, such as 'text_distance'."
             )
+
+    def _try_loss(self) -> None:
+        """What it lacks should come out before texts are written; equal texts lose nothing."""
+        text = Text("a text", [1], [1])
+        if (found := self.loss.of(text, text, ["a text"])) != 0:
+            raise ValueError(f"`loss={self.loss.name!r}` must be 0 where both texts are equal, got {found!r}.")
 
     def described(self) -> dict[str, Any]:
         """The loss, as plain values."""

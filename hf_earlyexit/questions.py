@@ -17,6 +17,7 @@ from hf_earlyexit.candidates import FULL_DEPTH, STATIC
 
 Results = dict[str, Any]
 POINTS = 2.0
+CLOCKS = {"cpu": "CPU clock", "wall": "wall clock"}
 # Further apart than this many standard errors is called a difference; so is 1 comparison in 20 that is only noise.
 NOTABLE = 2.0
 
@@ -31,7 +32,7 @@ class Point:
     Attributes:
         name: Of the setting.
         threshold: Of the setting.
-        ratio: Its time over stock's, CPU clock, median.
+        ratio: Its time over stock's by the results' clock, median.
         spread: Half of the interquartile range of that.
         difference: Its ROUGE-L less full depth's.
         layers: Mean layers per token.
@@ -60,6 +61,23 @@ def tolerance(results: Results) -> float:
     return results["asked"].get("points", POINTS)
 
 
+def clock(results: Results) -> str:
+    """The clock that times are compared by: `"cpu"`, or `"wall"` where the work is not the processor's.
+
+    Raises:
+        ValueError: The results name another one.
+    """
+    name = results["asked"].get("clock", "cpu")
+    if name not in CLOCKS:
+        raise ValueError(f"the results have times by the clock {name!r}, known are {', '.join(CLOCKS)}.")
+    return name
+
+
+def time_ratio(results: Results, cell: dict[str, Any]) -> dict[str, float]:
+    """The time of a cell over stock's by the results' clock: `median`, and `iqr` as a share of it."""
+    return cell["time"]["ratio"][clock(results)]
+
+
 def full_depth(results: Results) -> dict[str, Any]:
     """The quality that all others are held against."""
     return next(one for one in results["quality"].values() if one["curve"] == FULL_DEPTH)
@@ -84,7 +102,7 @@ def choices(results: Results, asked: Iterable[str] | None = None) -> list[Choice
 
 def point_of(results: Results, cell: dict[str, Any]) -> Point:
     """What a cell comes to."""
-    quality, time = results["quality"][cell["quality"]], cell["time"]["ratio"]["cpu"]
+    quality, time = results["quality"][cell["quality"]], time_ratio(results, cell)
     return Point(
         name=cell["name"],
         threshold=cell["threshold"],

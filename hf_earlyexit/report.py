@@ -17,20 +17,24 @@ from statistics import fmean
 from typing import Any
 
 from hf_earlyexit.candidates import FULL_DEPTH, STATIC
+from hf_earlyexit.certificate import confidence, plural
 from hf_earlyexit.extras import require
 from hf_earlyexit.figures import FIGURES, layer_colour
 from hf_earlyexit.questions import (
+    CLOCKS,
     Choice,
     Results,
     batch_reading,
     by_length,
     choices,
+    clock,
     curves,
     full_depth,
     length_reading,
     listed,
     most_eager,
     thirds,
+    time_ratio,
     tolerance,
 )
 
@@ -70,7 +74,7 @@ def check_results(results: Results) -> None:
     """Refuse results that a report cannot be made of.
 
     Raises:
-        ValueError: The format is another one, something is missing, or scores of inputs are not those of the means.
+        ValueError: Format or clock are unknown, something is missing, or scores of inputs are not those of the means.
     """
     if results.get("format") != FORMAT:
         raise ValueError(f"the results have format {results.get('format')!r}, known is {FORMAT}.")
@@ -82,6 +86,7 @@ def check_results(results: Results) -> None:
     unknown = sorted({cell["quality"] for cell in results["cells"]} - set(results["quality"]))
     if unknown:
         raise ValueError(f"the results have times of {unknown[0]!r}, whose quality they lack.")
+    clock(results)
     full = full_depth(results)
     mean, of_inputs = full["scores"]["rougeL"]["mean"], fmean(full["per_input"]["rougeL"])
     if abs(of_inputs - mean) > 0.01:
@@ -135,7 +140,7 @@ def render(results: Results, pictures: dict[str, bytes]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"fixed": fixed, "signed": signed, "plural": plural}
+    environment.filters |= {one.__name__: one for one in (fixed, signed, plural, confidence, promise, refusal, walk)}
     inline = {name: _inline(picture) for name, picture in pictures.items()}
     return environment.get_template(TEMPLATE).render(view(results), pictures=inline)
 
@@ -161,12 +166,6 @@ def fixed(value: float | None, digits: int = 1) -> str:
 def signed(value: float | None, digits: int = 1) -> str:
     """The same with its sign, also where it is a plus."""
     return NONE if value is None else f"{value:+.{digits}f}".replace("-", MINUS)
-
-
-def plural(unit: str) -> str:
-    """`inputs` of `input`, `batches of 8 inputs` of `batch of 8 inputs`."""
-    noun, *others = unit.split(" ")
-    return " ".join([noun + ("es" if noun.endswith("ch") else "s"), *others])
 
 
 # --- the summary ----------------------------------------------------------------------------------------------------
@@ -206,8 +205,8 @@ def _opening(results: Results, best: Choice | None) -> str:
     unsure = " (which the spread of the times hardly tells from 1)" if abs(point.ratio - 1) < point.spread else ""
     against = f"{abs(point.difference):.1f} {'below' if point.difference < 0 else 'above'} full depth's {full:.1f}"
     return (
-        f"{start} {point.ratio:.2f} of stock's time{unsure}, runs {point.layers:.1f} of {results['num_layers']} "
-        f"layers per token, and its ROUGE-L is {full + point.difference:.1f}, {against}."
+        f"{start} {point.ratio:.2f} of stock's time by the {CLOCKS[clock(results)]}{unsure}, runs {point.layers:.1f} "
+        f"of {results['num_layers']} layers per token, and its ROUGE-L is {full + point.difference:.1f}, {against}."
     )
 
 
@@ -247,6 +246,70 @@ def _caution(results: Results) -> str:
     )
 
 
+# --- the certificate ------------------------------------------------------------------------------------------------
+
+
+def promise(certificate: dict[str, Any]) -> str:
+    """The loss, what it is a mean over, and the target: `mean drop of ... is at most 2.0 points`."""
+    loss, unit = certificate["loss"]["description"], certificate["unit"]
+    against, expected = "" if "full depth" in loss else " against full depth", certificate["delta"] is None
+    if unit == "input":
+        mean = "" if expected else "mean "
+    else:
+        mean = f"mean over {f'a {unit}' if expected else plural(unit)} of the "
+    return f"{mean}{loss}{against} is at most {100 * certificate['target']:g} points"
+
+
+def refusal(certificate: dict[str, Any]) -> str:
+    """Why nothing is certified, and what that does not mean."""
+    reason, rows, n = certificate["reason"], certificate["table"], certificate["n"]
+    accepted, delta = sum(row["accepted"] for row in rows), certificate["delta"]
+    by = f"{n} calibration {plural(certificate['unit'])}"
+    sure = "in expectation" if delta is None else f"with {confidence(delta)} confidence"
+    if not rows:
+        what = f"Of {certificate['search']['candidates']} settings looked at on the select part none was tested."
+    elif accepted:
+        what = f"{accepted} of the {len(rows)} tested passed: {by} show {sure} that the {promise(certificate)}."
+    else:
+        what = (
+            f"For none of the {len(rows)} tested did {by} show {sure} that the {promise(certificate)}. That is no "
+            "proof that they all lose more: more inputs might show less."
+        )
+    return f"{reason[:1].upper()}{reason[1:]}. {what} What remains is full depth, which by definition loses nothing."
+
+
+def walk(certificate: dict[str, Any]) -> str:
+    """In which order settings were tested, and how surely each."""
+    search, delta = certificate["search"], certificate["delta"]
+    by = certificate["method"] + ("" if delta is None else f" with the bound {certificate['bound']}")
+    if search["order"] == "pareto":
+        each = "" if delta is None else f", each at the full delta {delta:g}"
+        return (
+            f"One chain of settings of all curves, tested by {by}{each}, from the smallest loss to the smallest cost; "
+            "the walk ends before the first that is not shown to be safe. The order is the select part's, of "
+            f"{search['candidates']} settings, less those that another beats in both or full depth in cost."
+        )
+    curves = f"{search['curves']} curve{'s' if search['curves'] > 1 else ''}"
+    shared = "" if delta is None else f", delta {delta:g} shared among {curves}"
+    return (
+        f"Each curve is walked from its most careful threshold on, by {by}{shared}; the walk ends before the first "
+        f"that is not shown to be safe. On the select part {search['candidates']} settings were looked at, and "
+        f"{curves} chosen."
+    )
+
+
+def notices(results: Results) -> list[tuple[str, str]]:
+    """In what the evaluation is not as the certificate: what, and a sentence about it."""
+    asked, certified = results["asked"], results["certificate"]["generation"]
+    found = [] if asked["weights"] == results["certificate"]["weights"] else [("weights", "other weights than these")]
+    found += [
+        (name, f"{name} {certified.get(name)}, not {asked[name]}")
+        for name in ("max_new_tokens", "dtype")
+        if name in asked and asked[name] != certified.get(name)
+    ]
+    return [(name, f"The certificate is about {what}: it promises nothing for what follows.") for name, what in found]
+
+
 # --- what the page shows --------------------------------------------------------------------------------------------
 
 
@@ -263,6 +326,8 @@ def view(results: Results) -> dict[str, Any]:
     return {
         "results": results,
         "certificate": results.get("certificate"),
+        "notices": notices(results) if results.get("certificate") else [],
+        "clock": CLOCKS[clock(results)],
         "started": results.get("started"),
         "commit": results.get("commit"),
         "full": full_depth(results),
@@ -308,7 +373,8 @@ def cell_rows(results: Results, size: int) -> list[dict[str, Any]]:
         quality = results["quality"][cell["quality"]]
         work = {name: sum(quality["work"][name]) / sum(full[name]) for name in ("layer_rows", "head_rows")}
         if cell["batch_size"] == size:
-            rows.append({**cell, **work, "quality": quality, "slower": cell["time"]["ratio"]["cpu"]["median"] > 1})
+            ratio = time_ratio(results, cell)
+            rows.append({**cell, **work, "quality": quality, "ratio": ratio, "slower": ratio["median"] > 1})
     return rows
 
 

@@ -27,6 +27,11 @@ def spread(values: Sequence[float]) -> Spread:
     return {"median": median, "iqr": (high - low) / median}
 
 
+def clock_of(device: str) -> str:
+    """The clock to compare times by: the process's where work is the processor's, since others may use it, too."""
+    return "cpu" if device == "cpu" else "wall"
+
+
 class Times:
     """One measurement: seconds of every call in every round, by clock."""
 

@@ -12,8 +12,8 @@ from transformers import PreTrainedTokenizerBase
 
 from hf_earlyexit.bounds import p_values_of
 from hf_earlyexit.candidates import Candidate
-from hf_earlyexit.certificate import Certificate
-from hf_earlyexit.certified import uncertified
+from hf_earlyexit.certificate import Certificate, versions
+from hf_earlyexit.certified import certified_config, uncertified
 from hf_earlyexit.data import Example, data_fingerprint, split_by_unit
 from hf_earlyexit.fingerprint import weights_fingerprint
 from hf_earlyexit.intervals import mean_interval
@@ -21,6 +21,7 @@ from hf_earlyexit.journal import Journal
 from hf_earlyexit.loss_table import record_losses
 from hf_earlyexit.losses import Loss
 from hf_earlyexit.models import EarlyExitT5ForConditionalGeneration
+from hf_earlyexit.settings import ExitSettings
 from hf_earlyexit.writing import Writer
 
 
@@ -99,14 +100,16 @@ def verify_certificate(
     rows = certificate.generation["batch_size"]
     if len(new) < max(1, rows or 1):
         raise ValueError(f"`examples` has {len(new)} inputs that the certificate has not seen: give other ones.")
-    weights = weights_fingerprint(model)
+    weights, bare = weights_fingerprint(model), uncertified(model)
+    bare.generation_config = certified_config(bare.generation_config, certificate)
     writer = Writer(
-        uncertified(model),
+        bare,
         tokenizer,
         batch_size=rows or batch_size,
-        generation=certificate.decoding,
         max_source_tokens=certificate.data["max_source_tokens"],
-        journal=Journal(path, _asked(certificate, weights, new, rows or batch_size)),
+        journal=Journal(
+            path, {**_asked(certificate, new, rows or batch_size), "weights": weights, "versions": versions()}
+        ),
     )
     candidate = Candidate(certificate.name, None, certificate.setting)
     table = record_losses(writer, new, [candidate], loss, "verify", rows)
@@ -118,14 +121,13 @@ def verify_certificate(
         p_value=_p_value_of_the_promise(losses, certificate),
         mean_layers=float(table.layers[0]),
         left_out=len(examples) - len(new),
-        differences=_differences(model, certificate, weights),
+        differences=_differences(bare, certificate, weights),
     )
 
 
-def _asked(certificate: Certificate, weights: str, examples: Sequence[Example], batch_size: int) -> dict[str, Any]:
+def _asked(certificate: Certificate, examples: Sequence[Example], batch_size: int) -> dict[str, Any]:
     """What everything in the journal depends on."""
     return {
-        "weights": weights,
         "inputs": data_fingerprint(examples),
         "setting": certificate.setting,
         "generation": certificate.generation,
@@ -150,7 +152,9 @@ def _p_value_of_the_promise(losses: np.ndarray, certificate: Certificate) -> flo
     return float(p_values_of(gains[order, None], unit_target, bound="wsr", delta=LEVEL)[0])
 
 
-def _differences(model: EarlyExitT5ForConditionalGeneration, certificate: Certificate, weights: str) -> list[str]:
+def _differences(bare: EarlyExitT5ForConditionalGeneration, certificate: Certificate, weights: str) -> list[str]:
     """What is not as certified, though the setting and the decoding are."""
-    same = {**certificate.generation, "dtype": str(model.dtype).removeprefix("torch.")}
-    return certificate.differences(same) + (["weights"] if weights != certificate.weights else [])
+    settings = ExitSettings.merge(certificate.setting, None, None)
+    rows = {"batch_size": certificate.generation["batch_size"]}
+    found = certificate.differences(bare.conditions_of(settings, {}) | rows) if certificate.certified else []
+    return found + (["weights"] if weights != certificate.weights else [])

@@ -28,6 +28,7 @@ def certificate_for(
         unit="input",
         risk={"mean": 0.01, "upper_bound": 0.05, "p_value": 0.01, "cost": 0.6} if certified else None,
         cost={"name": "time", "unit": "of stock's time, batch 1"},
+        search={"order": "pareto", "curves": 1, "candidates": 9},
         table=[],
         split={"counts": {}, "hashes": {"select": [], "calibrate": [], "report": []}},
         data={"name": "", "fingerprint": "", "max_source_tokens": None},

@@ -6,10 +6,15 @@ costs, and in larger batches more, so that early exit is faster than stock one t
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from operator import mul
 from random import Random
 from statistics import fmean, stdev
 from typing import Any
+
+from hf_earlyexit.certificate import Certificate
+from hf_earlyexit.model_calibration import NONE_FASTER, NONE_SAFE
+from hf_earlyexit.promise import Promise
 
 
 NUM_LAYERS = 8
@@ -28,7 +33,7 @@ def make_results(
     """The values of a results file.
 
     Args:
-        certificate: "certified", "not certified", "crc" or None.
+        certificate: A kind of `make_certificate`, or None.
         count: Inputs.
         sizes: Of the batches.
         curves: Thresholds by curve.
@@ -51,6 +56,8 @@ def make_results(
             "weights": "ab" * 32,
             "inputs": "cd" * 32,
             "max_new_tokens": 64,
+            "max_source_tokens": None,
+            "dtype": "float32",
             "batch_sizes": list(sizes),
             "batch_rules": ["row", "batch"],
             "rounds": 31,
@@ -128,9 +135,8 @@ class Maker:
         ratio = 0.08 + 0.9 * layers / NUM_LAYERS + asking + split * (1 - layers / (NUM_LAYERS + 2))
         ratio *= self.random.uniform(0.98, 1.02)
         stock = 0.4 * size**0.3
-        spread = {"median": ratio, "iqr": 0.04}
         return {
-            "ratio": {"wall": spread, "cpu": spread},
+            "ratio": {"wall": {"median": 1.2 * ratio, "iqr": 0.05}, "cpu": {"median": ratio, "iqr": 0.04}},
             "ours": _seconds(stock * ratio, size, ratio),
             "stock": _seconds(stock, size, 1.0),
         }
@@ -190,58 +196,105 @@ def _example(text: str) -> dict[str, Any]:
 
 
 def make_certificate(kind: str, curves: dict[str, tuple[float, ...]] = CURVES) -> dict[str, Any]:
-    """A certificate: "certified", "not certified" or "crc"."""
-    certified, expected = kind != "not certified", kind == "crc"
-    setting = {"exit_criterion": "softmax", "exit_threshold": 0.5, "exit_layers": [2, 4, 6]}
-    return {
-        "format": 1,
-        "certified": certified,
-        "loss": {
-            "name": "rougeL_drop",
-            "description": "drop of ROUGE-L (best of the references)",
-            "against": "references",
-            "lower": 0.0 if expected else -1.0,
-            "upper": 1.0,
+    """A certificate as results have it, of one of `KINDS`."""
+    order, accepted, reason = KINDS[kind]
+    table = [] if kind == "empty table" else ORDERS[order](curves, accepted)
+    if kind == "nothing cheaper":
+        table = [row | {"cost": 1.05} for row in table]
+    if kind == "crc":
+        table = [row | {"p_value": None} for row in table]
+    passed = [row for row in table if row["accepted"] and not reason]
+    chosen = min(passed, key=lambda row: row["cost"], default=None)
+    certificate = Certificate(
+        certified=chosen is not None,
+        reason=reason,
+        name=chosen["name"] if chosen else "full depth",
+        setting=_setting(chosen) if chosen else {"early_exit": False},
+        loss=Promise(0.02, "rougeL_drop").described(),
+        target=0.02,
+        delta=None if kind == "crc" else 0.1,
+        method="crc" if kind == "crc" else "ltt",
+        bound=None if kind == "crc" else "wsr",
+        n=219,
+        unit="group of inputs" if kind == "groups" else "input",
+        risk=chosen and {name: chosen[name] for name in ("mean", "upper_bound", "p_value", "cost")},
+        cost={"name": "time", "unit": "of stock's time, batch 1"},
+        search={
+            "order": order,
+            "curves": 2 if order == "threshold" else 1,
+            "candidates": sum(map(len, curves.values())),
         },
-        "target": 0.02,
-        "delta": None if expected else 0.1,
-        "method": "crc" if expected else "ltt",
-        "bound": None if expected else "wsr",
-        "n": 219,
-        "unit": "input",
-        "setting": setting if certified else {"early_exit": False},
-        "exit_points": [2, 4, 6] if certified else [],
-        "name": "softmax:2,4,6 0.5" if certified else "full depth",
-        "risk": {"mean": 0.004, "upper_bound": 0.017, "p_value": None if expected else 0.03, "cost": 0.58}
-        if certified
-        else None,
-        "cost": {"name": "time", "unit": "of stock's time, batch 1"},
-        "table": [
-            _tested(curve, threshold, place, certified and place < 2 and curve != "state", expected)
-            for curve, thresholds in curves.items()
-            for place, threshold in enumerate(sorted(thresholds, reverse=True))
-        ],
-        "report": {"n": 219, "mean": 0.01, "low": 0.002, "high": 0.018, "mean_layers": 4.6, "cost": 0.6}
-        if certified
-        else None,
-        "split": {"counts": {"select": 109, "calibrate": 219, "report": 219}, "hashes": {}},
-        "data": {"name": "validation.csv", "fingerprint": "cd" * 32},
-        "weights": "ab" * 32,
-        "generation": {"max_new_tokens": 64, "num_beams": 1, "do_sample": False, "batch_exit": "row"}
-        | {"batch_size": None, "dtype": "float32"},
-        "versions": {"hf_earlyexit": "0.1.0", "transformers": "5.23.0", "torch": "2.13.0"},
-        "created": "2026-11-25",
-    }
+        table=table,
+        split={"counts": {"select": 109, "calibrate": 219, "report": 219}, "hashes": {}},
+        data={"name": "validation.csv", "fingerprint": "cd" * 32, "max_source_tokens": None},
+        weights="ab" * 32,
+        generation=_generation(chosen),
+        versions={"hf_earlyexit": "0.1.0", "transformers": "5.23.0", "torch": "2.13.0"},
+        created="2026-11-25",
+        report=chosen and {"n": 219, "mean": 0.01, "low": 0.002, "high": 0.018, "mean_layers": 4.6, "cost": 0.6},
+    )
+    return asdict(certificate)
 
 
-def _tested(curve: str, threshold: float, place: int, accepted: bool, expected: bool) -> dict[str, Any]:
+def _setting(row: dict[str, Any]) -> dict[str, Any]:
+    criterion, _, layers = row["curve"].partition(":")
+    exits = {"exit_layers": [int(layer) for layer in layers.split(",")]} if layers else {}
+    return {"exit_criterion": criterion, **exits, "exit_threshold": row["threshold"]}
+
+
+def _generation(chosen: dict[str, Any] | None) -> dict[str, Any]:
+    setting = _setting(chosen) if chosen else {"exit_criterion": "softmax", "exit_threshold": 0.9}
     return {
-        "name": f"{curve} {threshold:g}",
-        "curve": curve,
-        "threshold": threshold,
-        "mean": 0.004 * place**2,
-        "upper_bound": 0.012 + 0.004 * place**2,
-        "p_value": None if expected else 0.01 if accepted else 0.4,
-        "cost": 0.9 - 0.15 * place,
-        "accepted": accepted,
+        "exit_criterion": setting["exit_criterion"],
+        "exit_threshold": setting["exit_threshold"],
+        "exit_schedule": "constant",
+        "exit_points": setting.get("exit_layers", list(range(1, NUM_LAYERS))),
+        "batch_exit": "row",
+        "batch_size": None,
+        "max_new_tokens": 64,
+        "dtype": "float32",
+        "device": "cpu",
     }
+
+
+def _one_chain(curves: dict[str, tuple[float, ...]], accepted: int) -> list[dict[str, Any]]:
+    """The settings of all curves, the careful ones first, each cheaper than the one before."""
+    careful = [(curve, sorted(thresholds, reverse=True)) for curve, thresholds in curves.items()]
+    most = max(map(len, curves.values()))
+    chain = [(curve, own[place]) for place in range(most) for curve, own in careful if place < len(own)]
+    return _tested(chain, accepted)
+
+
+def _curve_by_curve(curves: dict[str, tuple[float, ...]], accepted: int) -> list[dict[str, Any]]:
+    """Two of the curves, each from its most careful threshold on."""
+    chains = [[(curve, threshold) for threshold in sorted(curves[curve], reverse=True)] for curve in [*curves][:2]]
+    return [row for chain in chains for row in _tested(chain, accepted)]
+
+
+def _tested(chain: list[tuple[str, float]], accepted: int) -> list[dict[str, Any]]:
+    return [
+        {
+            "name": f"{curve} {threshold:g}",
+            "curve": curve,
+            "threshold": threshold,
+            "mean": 0.002 * place,
+            "upper_bound": 0.002 * place + (0.012 if place < accepted else 0.022),
+            "p_value": 0.01 if place < accepted else 0.4,
+            "cost": 0.9 - 0.08 * place,
+            "accepted": place < accepted,
+        }
+        for place, (curve, threshold) in enumerate(chain)
+    ]
+
+
+ORDERS = {"pareto": _one_chain, "threshold": _curve_by_curve}
+# Of each kind the order of the tests, how many of a chain pass, and why nothing is certified.
+KINDS = {
+    "certified": ("pareto", 4, ""),
+    "certified, two curves": ("threshold", 2, ""),
+    "nothing safe": ("pareto", 0, NONE_SAFE),
+    "nothing cheaper": ("threshold", 2, NONE_FASTER),
+    "empty table": ("pareto", 0, NONE_FASTER),
+    "crc": ("pareto", 4, ""),
+    "groups": ("pareto", 4, ""),
+}

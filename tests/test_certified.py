@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForSeq2SeqLM, LogitsProcessorList
 
 from hf_earlyexit import EarlyExitT5ForConditionalGeneration
-from hf_earlyexit.certificate import FILE, Certificate, CertificateWarning
+from hf_earlyexit.certificate import FILE, Certificate, CertificateWarning, confidence
 from hf_earlyexit.certified import uncertified
 from hf_earlyexit.settings import CERTIFICATE
 from tests.certificates import certificate_for
@@ -58,7 +58,7 @@ OUTSIDE = [
     ({"exit_threshold": 0.4}, r"exit_threshold=0.4 \(certified: 0.5\)"),
     ({"exit_criterion": "state", "exit_threshold": 0.5}, r"exit_criterion='state' \(certified: 'softmax'\)"),
     ({"exit_layers": [2]}, r"exit_points=\[2\] \(certified: \[2, 4\]\)"),
-    ({"exit_schedule": "calm"}, r"exit_schedule='calm' \(certified: 'constant'\)"),
+    ({"exit_schedule": "calm"}, r"exit_schedule={'name': 'calm', 'tau': 4.0} \(certified: 'constant'\)"),
     ({"batch_exit": "batch"}, r"batch_exit='batch' \(certified: 'row'\)"),
     ({"max_new_tokens": 7}, r"max_new_tokens=7 \(certified: 6\)"),
     ({"num_beams": 2}, r"num_beams=2 \(certified: None\)"),
@@ -123,6 +123,82 @@ def test_changed_weights_are_noticed(model):
     quiet(again, strict_certificate=True)
 
 
+@torch.no_grad()
+def test_weights_that_nobody_saw_change_are_not_saved_with_a_certificate(model, tmp_path):
+    """Written behind torch's back, or handed to `save_pretrained`."""
+    model.save_pretrained(tmp_path / "first")
+    other = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    other["encoder.block.0.layer.0.SelfAttention.q.weight"].mul_(2)
+    with pytest.warns(CertificateWarning, match="not saved with them"):
+        model.save_pretrained(tmp_path / "given", state_dict=other)
+    model.decoder.block[0].layer[0].SelfAttention.q.weight.data.mul_(1.5)
+    with pytest.warns(CertificateWarning, match="not saved with them"):
+        model.save_pretrained(tmp_path / "second")
+    found = [
+        EarlyExitT5ForConditionalGeneration.from_pretrained(tmp_path / name) for name in ("first", "given", "second")
+    ]
+    assert [one.exit_certificate is None for one in found] == [False, True, True]
+
+
+def test_autocast_is_outside(model):
+    with torch.autocast("cpu", torch.bfloat16):
+        with pytest.warns(CertificateWarning, match=r"autocast='bfloat16' \(certified: None\)"):
+            generate(model)
+        with pytest.raises(ValueError, match="autocast"):
+            generate(model, strict_certificate=True)
+
+
+def test_decoding_that_is_the_librarys_default_is_taken_over_too():
+    _, model = tiny_pair("tied", 1, torch.float32)
+    certificate = certificate_for(model, SETTING, **DECODING)
+    model.generation_config.update(num_beams=4, no_repeat_ngram_size=3, repetition_penalty=1.5, eos_token_id=1)
+    certificate = replace(certificate, generation={**certificate.generation, "eos_token_id": 1})
+    model.certify(certificate)
+    assert torch.equal(quiet(model, strict_certificate=True), quiet(uncertified(model), **SETTING, **DECODING))
+    assert model.generation_config.num_beams is None and model.generation_config.no_repeat_ngram_size is None
+
+
+SAME = [
+    {"logits_processor": LogitsProcessorList()},
+    {"exit_schedule": {"name": "constant"}},
+    {"temperature": 0.7},
+    {"num_beams": 1, "do_sample": False, "repetition_penalty": 1.0},
+]
+
+
+@pytest.mark.parametrize("said", SAME, ids=[next(iter(one)) for one in SAME])
+def test_what_says_the_same_in_other_words_is_inside(model, said):
+    quiet(model, **said, strict_certificate=True)
+
+
+def test_a_schedule_is_spelled_out_with_its_default():
+    _, model = tiny_pair("tied", 1, torch.float32)
+    model.certify(certificate_for(model, SETTING | {"exit_schedule": "calm"}, **DECODING))
+    quiet(model, exit_schedule={"name": "calm", "tau": 4}, strict_certificate=True)
+    with pytest.raises(ValueError, match="'tau': 2}"):
+        generate(model, exit_schedule={"name": "calm", "tau": 2}, strict_certificate=True)
+
+
+def test_encoder_outputs_have_rows(model):
+    _, waiting = tiny_pair("tied", 1, torch.float32)
+    waiting.certify(certificate_for(waiting, SETTING | {"batch_exit": "batch"}, rows=3, **DECODING))
+    inputs = tiny_inputs(3)
+    states = waiting.encoder(**inputs)
+    waiting.generate(encoder_outputs=states, attention_mask=inputs["attention_mask"], strict_certificate=True)
+
+
+def test_strictness_that_is_stored_stays(model):
+    model.generation_config.strict_certificate = True
+    model.certify(model.exit_certificate)
+    with pytest.raises(ValueError, match="max_new_tokens"):
+        generate(model, max_new_tokens=3)
+
+
+def test_confidence_is_never_rounded_up():
+    assert [confidence(delta) for delta in (0.1, 0.05, 0.025, 0.001)] == ["90 %", "95 %", "97.5 %", "99.9 %"]
+    assert confidence(1e-9) == "99.9999 %"
+
+
 def test_weights_are_read_only_when_they_may_have_changed(model, monkeypatch):
     from hf_earlyexit import certified
 
@@ -136,6 +212,12 @@ def test_weights_are_read_only_when_they_may_have_changed(model, monkeypatch):
     quiet(model)
     quiet(model)
     assert len(calls) == 2
+    with torch.no_grad():
+        model.lm_head.weight.mul_(2)
+    for _ in range(3):
+        with pytest.warns(CertificateWarning):
+            generate(model)
+    assert len(calls) == 3
 
 
 def test_strict_without_a_certificate_is_refused():
@@ -177,7 +259,7 @@ def test_loaded_weights_are_trusted_until_strict(model, tmp_path):
 @torch.no_grad()
 def test_other_weights_are_saved_without_it(model, tmp_path):
     model.lm_head.weight.mul_(2)
-    with pytest.warns(CertificateWarning, match="no longer those.*calibrate again") as caught:
+    with pytest.warns(CertificateWarning, match="not those.*calibrate again") as caught:
         model.save_pretrained(tmp_path)
     assert len(caught) == 1
     loaded = EarlyExitT5ForConditionalGeneration.from_pretrained(tmp_path)
@@ -251,10 +333,10 @@ def test_words(model):
         report={"n": 80, "mean": 0.02, "low": 0.01, "high": 0.03, "mean_layers": 4.5, "cost": 0.7},
     )
     assert certificate.in_words() == (
-        "With 90% confidence over the draw of 100 calibration inputs, the mean distance on inputs like these is at "
-        "most 0.1 with softmax 0.5. On these it was 0.01, at 0.60 of stock's time, batch 1. On 80 others that nothing "
-        "was chosen on it was 0.02 (95 % interval 0.01 to 0.03), with 4.50 layers per token, at 0.70 of stock's time, "
-        "batch 1."
+        "With 90 % confidence over the draw of 100 calibration inputs, the mean distance on inputs like these is at "
+        "most 0.1 with softmax 0.5. On these it was 0.01; it costs 0.60 of stock's time, batch 1, measured on the "
+        "select part. On 80 others that nothing was chosen on it was 0.02 (95 % interval 0.01 to 0.03), with 4.50 "
+        "layers per token, at 0.70 of stock's time, batch 1."
     )
     crc = replace(certificate, delta=None, method="crc", unit="batch of 8 inputs", report=None)
     assert crc.in_words().startswith(

@@ -15,7 +15,8 @@ import torch
 from hf_earlyexit import EarlyExitT5ForConditionalGeneration
 from hf_earlyexit.certificate import FILE, Certificate
 from hf_earlyexit.cli import main
-from hf_earlyexit.data import short_hash
+from hf_earlyexit.cli_arguments import curves_of
+from hf_earlyexit.data import in_random_order, short_hash
 from hf_earlyexit.default import CHECKPOINT, default_examples, load_default
 from tests.command_line import errors_of
 
@@ -50,7 +51,8 @@ def test_calibrate_saves_a_checkpoint_that_leaves_as_certified(certified, capsys
     assert certificate.certified and certificate.n == 16 and certificate.target == 0.9
     assert certificate.data["name"] == "e2e-validation.csv.gz"
     assert (certified / "model.safetensors").read_bytes() == (CHECKPOINT / "model.safetensors").read_bytes()
-    model = EarlyExitT5ForConditionalGeneration.from_pretrained(certified, dtype=torch.float32).eval()
+    model = EarlyExitT5ForConditionalGeneration.from_pretrained(certified).eval()
+    assert model.dtype == torch.float32, "as certified, though the file has half precision"
     _, tokenizer = load_default()
     batch = tokenizer([default_examples()[50].source], return_tensors="pt")
     output = model.generate(**batch, strict_certificate=True, return_dict_in_generate=True)
@@ -109,8 +111,13 @@ def test_the_script_is_the_verb(tmp_path):
     assert ran.returncode == 2 and "got 'softmx'" in ran.stderr and not list(tmp_path.iterdir())
 
 
+def test_a_curve_that_is_named_twice_has_all_thresholds():
+    curves = curves_of([["softmax", "0.9"], ["state", "0.5"], ["softmax", "0.5", "0.7"]])
+    assert curves == {"softmax": (0.9, 0.5, 0.7), "state": (0.5,)} and curves_of(None) is None
+
+
 def test_unseen_inputs_are_those_of_the_report_part(certified, tmp_path):
-    file = write_rows(tmp_path / "inputs.csv", default_examples()[:40])
+    file = write_rows(tmp_path / "inputs.csv", in_random_order(default_examples(), 40))
     flags = ["--model", str(certified), "--file", str(file), "--prefix", "describe: ", "--unseen", *QUICK]
     grid = ["--curve", "state", "0.9", "--batch-sizes", "4", "--batch-rules", "row", "--rounds", "2"]
     assert main(["evaluate", *flags, *grid, "--output", str(tmp_path / "results.json")]) == 0
@@ -121,7 +128,13 @@ def test_unseen_inputs_are_those_of_the_report_part(certified, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["calibrate", "--target", "0.1", "--output-dir", "no/where"], "--output-dir no/where: there is no folder"),
+        (["calibrate", "--target", "0.1", "--output-dir", "no/where"], "--output-dir: there is no folder"),
+        (["calibrate", "--target", "0.1", "--output-dir", "rows.csv"], "--output-dir rows.csv is a file"),
+        (
+            ["calibrate", "--target", "0.1", "--output-dir", "x", "--losses", "no/l.csv"],
+            "--losses: there is no folder",
+        ),
+        (["calibrate", "--target", "0.1", "--output-dir", "x", "--journal", "no/j"], "--journal: there is no folder"),
         (
             ["calibrate", "--target", "2", "--output-dir", "x"],
             "`target` must be a number above 0 and below 1.0, got 2.0",
@@ -135,8 +148,8 @@ def test_unseen_inputs_are_those_of_the_report_part(certified, tmp_path):
         (["calibrate", "--target", "0.1", "--file", "rows.txt", "--output-dir", "x"], "must end in one of"),
         (["calibrate", "--target", "0.1", "--batch-exit", "rows", "--output-dir", "x"], "`batch_exit` must be one of"),
         (["verify-certificate"], "has no certificate: make one with"),
-        (["evaluate", "--output", "no/where.json"], "--output no/where.json: there is no folder"),
-        (["evaluate", "--output", "x", "--journal", "no/where"], "--journal no/where: there is no folder"),
+        (["evaluate", "--output", "no/where.json"], "--output: there is no folder"),
+        (["evaluate", "--output", "x", "--journal", "no/where"], "--journal: there is no folder"),
         (["evaluate", "--output", "."], "--output . is a folder"),
         (["evaluate", "--output", "x", "--max-inputs", "4"], "`batch_sizes` has 8, but there are 4 inputs"),
         (["evaluate", "--output", "x", "--unseen"], "--unseen needs a model with a certificate"),
@@ -144,7 +157,7 @@ def test_unseen_inputs_are_those_of_the_report_part(certified, tmp_path):
         (["evaluate", "--output", "x", "--device", "nonsense"], "--device nonsense cannot be used"),
         (["report", "rows.csv"], "rows.csv is not JSON"),
         (["report", "nowhere.json"], "nowhere.json: No such file"),
-        (["report", "rows.csv", "--html", "no/where.html"], "--html no/where.html: there is no folder"),
+        (["report", "rows.csv", "--html", "no/where.html"], "--html: there is no folder"),
     ],
 )
 def test_bad_arguments_are_refused_before_any_work(arguments, message, tmp_path, monkeypatch, capsys):

@@ -15,7 +15,7 @@ from transformers import T5ForConditionalGeneration
 
 from hf_earlyexit import EarlyExitConfig, evaluation
 from hf_earlyexit.candidates import FULL_DEPTH, STATIC, Candidate, full_depth
-from hf_earlyexit.data import Example
+from hf_earlyexit.data import Example, in_random_order
 from hf_earlyexit.default import default_examples, load_default
 from hf_earlyexit.evaluation import best, evaluate_model, judge, time_beside_stock
 from hf_earlyexit.grid import Cell, Grid
@@ -40,7 +40,7 @@ def shipped():
 
 @pytest.fixture(scope="module")
 def examples() -> list[Example]:
-    return default_examples()[:5]
+    return in_random_order(default_examples()[:5])
 
 
 @pytest.fixture(scope="module")
@@ -156,7 +156,6 @@ def test_a_run_that_is_taken_up_does_nothing_twice(shipped, examples, found, jou
     [
         ({"grid": Grid(rounds=3, batch_sizes=[1])}, "rounds"),
         ({"generation": {**DECODING, "num_beams": 2}}, "decoding"),
-        ({"order": -1}, "order"),
         ({"model": EarlyExitConfig(exit_layers=(2,))}, "exits, weights"),
     ],
 )
@@ -168,7 +167,7 @@ def test_a_journal_of_another_run_is_refused(shipped, examples, journal, found, 
     }
     grid = Grid({"softmax:2": [0.6]}, batch_sizes=[1], rounds=2)
     with pytest.raises(ValueError, match=f"entries of another run: {differing} differ"):
-        evaluate_model(model, tokenizer, examples[:: change.get("order", 1)], **({"grid": grid} | arguments))
+        evaluate_model(model, tokenizer, examples, **({"grid": grid} | arguments))
 
 
 def test_pairs_take_turns_on_the_same_batches_and_the_first_warms_up(monkeypatch):

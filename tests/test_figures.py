@@ -46,6 +46,19 @@ def test_lines_are_the_curves_at_the_batch_size_of_their_panel():
         assert list(lines[f"state, {rule}"].get_ydata()) == scores
 
 
+def test_times_are_by_the_clock_that_was_asked_for_and_axes_name_it():
+    results = make_results()
+    assert "CPU clock" in quality_time(results).get_supxlabel()
+    results["asked"]["clock"] = "wall"
+    figure = quality_time(results)
+    lines = {container.get_label(): container[0] for container in figure.axes[0].containers}
+    key = ("state", "row", 1)
+    cells = [one for one in results["cells"] if (one["curve"], one["batch_exit"], one["batch_size"]) == key]
+    wall = [one["time"]["ratio"]["wall"]["median"] for one in cells]
+    assert list(lines["state, row"].get_xdata()) == wall and "wall clock" in figure.get_supxlabel()
+    assert all("wall clock" in FIGURES[name](make_results()).get_supylabel() for name in ("latency", "throughput"))
+
+
 def test_every_lowest_panel_has_numbers_on_its_axis():
     panels = quality_time(make_results(sizes=(1, 4, 8))).axes
     shown = [any(label.get_visible() for label in panel.get_xticklabels()) for panel in panels if panel.get_visible()]

@@ -14,7 +14,10 @@ import numpy as np
 import pytest
 
 from hf_earlyexit.calibration import calibrate
+from hf_earlyexit.candidates import Candidate
+from hf_earlyexit.loss_table import LossTable
 from hf_earlyexit.losses import LOSSES
+from hf_earlyexit.search import pareto_front
 
 
 RECORDED = Path(__file__).parent / "data/shipped-losses.csv.gz"
@@ -48,6 +51,11 @@ def just_above(population: np.ndarray, target: float) -> float:
 
 
 CURVES = ("softmax:2,4,6", "classifier")
+# Mean layers per token on all inputs: what a setting costs.
+LAYERS = {
+    "softmax:2,4,6": [7.23, 6.88, 6.32, 5.73, 5.11, 4.64, 4.26, 3.88, 3.44],
+    "classifier": [6.22, 5.63, 5.08, 4.67, 4.31, 3.73, 3.19, 2.65, 1.73],
+}
 TARGETS = {"text_distance": 0.2, "rougeL_drop": 0.02}
 
 
@@ -80,6 +88,26 @@ def test_the_mean_risk_of_conformal_risk_control_is_at_most_the_target(loss, cur
     target = just_above(recorded(loss, curve), TARGETS[loss])
     risks = chosen_risks(recorded(loss, curve), target=target, method="crc", loss_lower=LOSSES[loss].lower)
     assert risks.mean() <= target + 3 * risks.std() / math.sqrt(DRAWS)
+
+
+@pytest.mark.parametrize("loss", TARGETS)
+@pytest.mark.parametrize("hard", [False, True])
+def test_an_order_that_is_learned_on_other_inputs_keeps_the_promise(loss, hard):
+    """As `calibrate_model` does by default: both curves, the front of a select part, one chain at the full delta."""
+    population, lower = np.hstack([recorded(loss, curve) for curve in CURVES]), LOSSES[loss].lower
+    candidates = [Candidate(curve, place) for curve in CURVES for place in range(9)]
+    costs = dict(zip((one.name for one in candidates), np.concatenate([LAYERS[curve] for curve in CURVES])))
+    target = just_above(population, TARGETS[loss]) if hard else TARGETS[loss]
+    generator, risks = np.random.default_rng(0), []
+    for _ in range(DRAWS):
+        select, calibrate_on = (population[generator.integers(len(population), size=n)] for n in (109, 219))
+        front = pareto_front(LossTable(candidates, [], select, np.zeros(18)), costs, below=8.0)
+        columns = [candidates.index(one) for one in front]
+        asked = {"target": target, "delta": DELTA, "loss_lower": lower}
+        index = calibrate(calibrate_on[:, columns], [costs[one.name] for one in front], **asked).index
+        risks.append(0.0 if index is None else population[:, columns[index]].mean())
+    assert (np.array(risks) > target).mean() <= MOST_FAILURES
+    assert (np.array(risks) != 0).mean() > 0.7, "and something is chosen"
 
 
 def test_to_take_what_looks_good_breaks_the_promise():

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from hf_earlyexit import EarlyExitT5ForConditionalGeneration
+from hf_earlyexit import EarlyExitConfig, EarlyExitT5ForConditionalGeneration
 from hf_earlyexit.calibration import calibrate
 from hf_earlyexit.candidates import Candidate
 from hf_earlyexit.certificate import FILE
@@ -154,6 +154,15 @@ def test_reference_losses_are_signed_and_of_all_references(shipped, examples):
     assert found.certificate.loss["against"] == "references" and found.certificate.loss["lower"] == -1
 
 
+class Lossy:
+    """Loses where nothing is lost."""
+
+    name, description, lower, upper, needs_references, binary = "lossy", "what is not", 0.0, 1.0, False, False
+
+    def of(self, early, full, references) -> float:
+        return 0.5
+
+
 class Cut(Exception):
     pass
 
@@ -183,6 +192,23 @@ def test_a_run_that_was_cut_off_goes_on_and_comes_to_the_same(shipped, examples,
     assert calibrate_model(*ask, path=journal, data_name="some").certificate == resumed and len(calls) == batches
     with pytest.raises(ValueError, match="entries of another run: max_new_tokens differ"):
         calibrate_model(model, tokenizer, examples, LAX, Use(generation={"max_new_tokens": 9}), SEARCH, path=journal)
+
+
+def test_a_journal_of_other_exits_is_refused(shipped, examples, tmp_path):
+    """Shared heads have no weights, so only what is built in tells them apart."""
+    heads = {layers: load_default(EarlyExitConfig(exit_layers=layers, heads="shared"))[0] for layers in ((2, 4), (7,))}
+    search, journal = replace(SEARCH, curves={"softmax": [0.5]}), tmp_path / "journal"
+    calibrate_model(heads[2, 4], shipped[1], examples, LAX, USE, search, path=journal)
+    with pytest.raises(ValueError, match="entries of another run: built in differ"):
+        calibrate_model(heads[7,], shipped[1], examples, LAX, USE, search, path=journal)
+
+
+def test_as_many_units_as_are_needed_are_not_always_enough():
+    """Hoeffding-Bentkus rounds: with signed losses 88 are enough and 89 are not: to be said before any work."""
+    promise, parts = Promise(0.2, "rougeL_drop", bound="hb"), {"calibrate": [Example("a", ("b",))]}
+    promise.check(parts, 88, 1)
+    with pytest.raises(ValueError, match="has 89 units.*even at zero loss"):
+        promise.check(parts, 89, 1)
 
 
 def test_time_is_measured_once_beside_stock(shipped, examples, tmp_path):
@@ -283,6 +309,8 @@ def test_the_model_is_left_as_it_is_and_what_it_stores_plays_no_part(shipped, ex
 
 
 REFUSED = [
+    ({"promise": Promise(0.1), "training": True}, "`model` is in training mode"),
+    ({"promise": Promise(0.5, Lossy())}, "`loss='lossy'` must be 0 where both texts are equal, got 0.5"),
     ({"examples": 20}, "calibrate part has 8 units, of 20 inputs.*even at zero loss. 25 are needed"),
     ({"promise": Promise(0.05)}, "`target=0.05` with `delta=0.1` by 'wsr' even at zero loss. [0-9]+ are needed"),
     (
@@ -328,6 +356,7 @@ REFUSED = [
 def test_what_cannot_be_calibrated_is_refused_before_any_work(shipped, examples, changes, message, monkeypatch):
     model, tokenizer = shipped
     monkeypatch.setattr(type(model), "generate", lambda *args, **kwargs: pytest.fail("something was generated"))
+    monkeypatch.setattr(model, "training", changes.get("training", False))
     given = examples[: changes.get("examples")]
     given = given + given[:1] if changes.get("repeat") else given
     given = given if changes.get("references", True) else [replace(one, references=()) for one in given]
@@ -393,3 +422,35 @@ def test_a_promise_that_just_holds_is_seldom_refuted(found, lower):
     assert np.mean(refuted) <= 0.05 + 3 * np.sqrt(0.05 * 0.95 / 1000)
     clearly = [_p_value_of_the_promise(one, certificate) <= 0.05 for one in (generator.random((50, 120)) < 0.4) * 1.0]
     assert np.mean(clearly) > 0.8
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Use(exits={"exit_criterion": "state"}), "`exits` may have .*got 'exit_criterion'"),
+        (lambda: Use(exits={"early_exit": False}), "`exits` may have .*got 'early_exit'"),
+        (lambda: Use(batch_size=0), "`batch_size` must be a whole number of at least 1, got 0"),
+        (lambda: Use(max_source_tokens=0), "`max_source_tokens`.*got 0"),
+        (lambda: Promise(0.1, len), "`loss` must be one of .* or an object with"),
+        (lambda: Promise(0.1, bound="clopper_pearson"), "`bound='clopper_pearson'` is for losses of 0 and 1"),
+    ],
+)
+def test_uses_and_promises_that_are_none(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_exact_bounds_are_of_single_inputs(shipped, examples):
+    promise = Promise(0.5, "text_mismatch", bound="clopper_pearson")
+    pairs = [replace(one, group=f"pair {place // 2}") for place, one in enumerate(examples)]
+    with pytest.raises(ValueError, match="does not go with units of several inputs"):
+        calibrate_model(*shipped, pairs, promise, USE, SEARCH)
+
+
+def test_verification_decodes_as_certified_whatever_is_stored(shipped, examples, found):
+    model, tokenizer = copy.deepcopy(shipped[0]), shipped[1]
+    plain = verify_certificate(model, tokenizer, examples, LOSSES["text_distance"], found.certificate)
+    model.generation_config.update(num_beams=3, repetition_penalty=1.5)
+    other = verify_certificate(model, tokenizer, examples, LOSSES["text_distance"], found.certificate)
+    assert other == plain and plain.differences == []
+    assert model.generation_config.num_beams == 3

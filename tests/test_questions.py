@@ -12,6 +12,7 @@ from hf_earlyexit.questions import (
     batch_reading,
     by_length,
     choices,
+    clock,
     curves,
     length_reading,
     listed,
@@ -86,6 +87,15 @@ def test_the_fastest_cell_that_loses_little_enough_is_chosen():
 def test_of_several_good_ones_the_fastest_by_the_cpu_clock_is_chosen():
     cells = [cell("a", 0.5, "row", 1, 0.8), cell("a", 0.3, "row", 1, 0.7), cell("b", 0.9, "row", 1, 0.6)]
     assert [one.point.name for one in choices(results(*cells, points=20.0))] == ["a 0.3", "b 0.9"]
+
+
+def test_the_clock_is_the_one_that_was_asked_for():
+    given = results(cell("a", 0.5, "row", 1, 0.8))
+    assert (clock(given), choices(given)[0].point.ratio) == ("cpu", 0.8)
+    given["asked"]["clock"] = "wall"
+    assert (clock(given), choices(given)[0].point.ratio) == ("wall", 9.0)
+    with pytest.raises(ValueError, match="by the clock 'sun', known are cpu, wall"):
+        clock({"asked": {"clock": "sun"}})
 
 
 def test_quality_is_that_of_the_batch_rule():

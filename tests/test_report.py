@@ -9,7 +9,6 @@ import json
 import re
 import shutil
 import subprocess
-from html.parser import HTMLParser
 
 import pytest
 
@@ -21,44 +20,14 @@ from matplotlib.image import imread
 
 from hf_earlyexit.figures import FIGURES, layer_colour
 from hf_earlyexit.questions import Choice, Point, choices
-from hf_earlyexit.report import best_of, fixed, plural, read_results, render, signed, spans, summary, write_report
+from hf_earlyexit.report import best_of, fixed, read_results, render, signed, spans, summary, write_report
+from tests.pages import Page, page_of
 from tests.results import NUM_LAYERS, make_results
 
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
-VOID = {"meta", "img", "br"}
 HEADINGS = ("What is promised", "Quality against time", "Quality against layers", "Is confidence worth its name?")
 HEADINGS += ("Latency and throughput", "Texts, token by token", "Three open questions", "All cells", "How it was made")
-
-
-class Page(HTMLParser):
-    """A page taken apart: tags with their attributes, and the text without tags."""
-
-    def __init__(self, text: str):
-        super().__init__()
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.open: list[str] = []
-        self.words = ""
-        self.feed(text)
-
-    def handle_starttag(self, tag, attributes):
-        self.tags.append((tag, dict(attributes)))
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        if self.open[-1:] != ["style"]:
-            self.words += data
-
-    def having(self, tag: str, name: str) -> list[str]:
-        return [attributes[name] for found, attributes in self.tags if found == tag and name in attributes]
-
-
-def page_of(results) -> Page:
-    return Page(render(results, {}))
 
 
 @pytest.fixture(scope="module")
@@ -140,8 +109,8 @@ def test_the_summary_is_honest():
     faster = summary(results, [chosen(0.75), chosen(1.2, 8)])
     assert faster[0] == (
         "The fastest setting that stays within 2 points of full depth's ROUGE-L is a 0.5, one text at a time: it "
-        f"takes 0.75 of stock's time, runs 4.2 of 8 layers per token, and its ROUGE-L is {full - 1.5:.1f}, 1.5 below "
-        f"full depth's {full:.1f}."
+        f"takes 0.75 of stock's time by the CPU clock, runs 4.2 of 8 layers per token, and its ROUGE-L is "
+        f"{full - 1.5:.1f}, 1.5 below full depth's {full:.1f}."
     )
     assert (
         faster[1]
@@ -151,7 +120,10 @@ def test_the_summary_is_honest():
     assert summary(make_results(), [chosen(0.75)])[-1].endswith("; the certificate is about softmax:2,4,6 0.5.")
     slower = summary(results, [chosen(1.01, 8)])[0]
     assert slower.startswith("Nothing that stays within 2 points of full depth's ROUGE-L is faster than stock Transf")
-    assert "in batches of 8, leaving by rule row: it takes 1.01 of stock's time (which the spread of the" in slower
+    assert (
+        "in batches of 8, leaving by rule row: it takes 1.01 of stock's time by the CPU clock (which the spread"
+        in slower
+    )
     none = summary(results, [Choice("a", "row", 1, None), Choice("a", "row", 8, None)])
     assert none[0].startswith("No early-exit setting that was tried stays within 2 points")
     assert "By batch size" not in " ".join(none)
@@ -181,6 +153,19 @@ def test_slower_cells_are_marked():
     assert f"Batch size 8: 26 cells, {here[1]} slower than stock" in page.words
 
 
+def test_times_are_by_the_clock_that_was_asked_for():
+    results = make_results()
+    results["asked"]["clock"] = "wall"
+    slower = [cell for cell in results["cells"] if cell["time"]["ratio"]["wall"]["median"] > 1]
+    source = render(results, {})
+    assert source.count('<tr class="slower">') == len(slower) and "CPU clock" not in source
+    assert (
+        "of stock&#39;s time by the wall clock, runs" in source and "took turns with ours, by the wall clock" in source
+    )
+    with pytest.raises(ValueError, match="by the clock 'sun', known are cpu, wall"):
+        render(results | {"asked": {**results["asked"], "clock": "sun"}}, {})
+
+
 def test_a_cell_says_what_was_measured():
     results = make_results()
     (cell,) = [one for one in results["cells"] if (one["name"], one["batch_size"]) == ("static decoder 4", 8)]
@@ -199,54 +184,6 @@ def test_a_cell_says_what_was_measured():
     assert values[7:9] == work
     assert values[9] == f"{ours['tokens_per_second']:.0f}"
     assert values[11] == f"{ours['inter_token_ms']['median']:.1f} / {ours['inter_token_ms']['p95']:.1f}"
-
-
-# --- the certificate ------------------------------------------------------------------------------------------------
-
-
-def test_a_certificate_says_what_it_promises_and_what_not():
-    words = " ".join(page_of(make_results("certified")).words.split())
-    assert (
-        "With 90 % confidence over the draw of the 219 calibration inputs, the mean drop of ROUGE-L (best of the "
-        "references) against full depth is at most 2.0 points on inputs like these, where softmax:2,4,6 0.5 is used."
-    ) in words
-    assert "On 219 further inputs that nothing was chosen on, the mean was 1.00 points (0.20 to 1.80)" in words
-    assert "inputs of another kind" in words and "single texts may lose much more" in words
-    assert "The 9 settings that were tested" in words and "delta 0.1 shared among 3 curves" in words
-    assert "up to 10 in 100" in words and "Other weights" not in words
-
-
-def test_what_was_not_certified_is_not_promised():
-    results = make_results("not certified")
-    results["certificate"]["reason"] = "no setting kept the target"
-    words = " ".join(page_of(results).words.split())
-    assert "The reason given: no setting kept the target." in words
-    assert (
-        "Nothing was certified. For none of the settings tested did 219 calibration inputs show with 90 % conf"
-        in words
-    )
-    assert "What remains is full depth" in words and "What it does not promise" not in words
-    assert "has a certificate" not in words and "further inputs" not in words
-
-
-def test_an_expectation_is_no_confidence():
-    words = " ".join(page_of(make_results("crc")).words.split())
-    assert "In expectation, the drop of ROUGE-L" in words and "There is no confidence" in words
-    assert "% confidence" not in words and "has a certificate" not in words and "delta" not in words
-
-
-def test_no_certificate_is_said():
-    assert "No certificate. What follows was measured on these inputs" in page_of(make_results(None)).words
-
-
-def test_a_certificate_of_another_model_and_of_batches_is_told():
-    results = make_results("certified")
-    results["certificate"] |= {"weights": "ef" * 32, "unit": "batch of 8 inputs"}
-    words = " ".join(page_of(results).words.split())
-    assert "Other weights." in words and "the 219 calibration batches of 8 inputs" in words
-    results["certificate"]["loss"]["description"] = "distance from full depth's text"
-    assert "the mean distance from full depth's text is at most" in " ".join(page_of(results).words.split())
-    assert [plural("input"), plural("group of inputs")] == ["inputs", "groups of inputs"]
 
 
 # --- texts, lengths -------------------------------------------------------------------------------------------------
