@@ -84,7 +84,7 @@ def test_losses_against_references_need_them():
         ({"delta": 1}, "`delta`"),
         ({"method": "rcps"}, "`method`"),
         ({"bound": "bernstein"}, "`bound`"),
-        ({"loss": "rougeL_drop", "bound": "clopper_pearson"}, "'clopper_pearson' is for losses of 0 and 1"),
+        ({"loss": "rougeL_drop", "bound": "clopper_pearson"}, "'clopper_pearson'` is for losses of 0 and 1"),
     ),
 )
 def test_illegal_values_are_refused_at_once(asked, message):
