@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from types import SimpleNamespace
 
 import pytest
 
@@ -101,6 +100,10 @@ class Points:
     lower: float = -40.0
     upper: float = 100.0
     needs_references: bool = False
+    binary: bool = False
+
+    def of(self, early, full, references) -> float:
+        return 0.0
 
 
 def test_the_range_of_the_loss_is_passed_on():
@@ -121,7 +124,7 @@ def test_the_range_of_the_loss_is_passed_on():
 def test_the_loss_may_be_named():
     assert Promise(0.1, "token_mismatch").loss is LOSSES["token_mismatch"]
     assert Promise(0.1).loss is LOSSES["text_distance"]
-    own = SimpleNamespace(lower=0.0, upper=2.0)
+    own = Points(name="own", description="own", lower=0.0, upper=2.0)
     assert Promise(1.5, own).loss is own
 
 
