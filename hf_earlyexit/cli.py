@@ -69,6 +69,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def env(arguments: argparse.Namespace) -> int:
+    """The verb `env`."""
     facts = environment()
     width = max(map(len, facts))
     for name, value in facts.items():

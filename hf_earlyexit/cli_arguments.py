@@ -100,6 +100,17 @@ def add_model_arguments(parser) -> None:
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="(float32)")
 
 
+def add_curve_argument(parser) -> None:
+    """What `curves_of` reads."""
+    parser.add_argument(
+        "--curve",
+        nargs="+",
+        action="append",
+        metavar=("NAME", "THRESHOLD"),
+        help="a criterion, or softmax:2,4 to ask at some exits only, and thresholds; repeatable (the known criteria)",
+    )
+
+
 def check_device(name: str) -> None:
     """Refuse a device that cannot be used here."""
     import torch

@@ -11,6 +11,7 @@ from typing import Any
 from hf_earlyexit import terminal
 from hf_earlyexit.cli_arguments import (
     Verb,
+    add_curve_argument,
     add_model_arguments,
     check_device,
     check_file,
@@ -62,6 +63,7 @@ def add_calibrate_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_promise_arguments(group) -> None:
+    """The fields of a `Promise`."""
     group.add_argument("--target", type=float, required=True, metavar="X", help="the mean loss is at most this")
     group.add_argument("--loss", default="text_distance", metavar="NAME", help="what is lost (text_distance)")
     group.add_argument("--delta", type=float, default=0.1, metavar="X", help="probability that it fails (0.1)")
@@ -70,6 +72,7 @@ def add_promise_arguments(group) -> None:
 
 
 def add_use_arguments(group) -> None:
+    """The fields of a `Use`."""
     group.add_argument("--batch-size", type=positive, default=1, metavar="N", help="inputs at once (1)")
     group.add_argument("--batch-exit", metavar="RULE", help="row, batch or batch_joint (row)")
     group.add_argument("--exit-schedule", type=schedule, metavar="NAME", help="constant, calm, calm_released, or JSON")
@@ -79,13 +82,8 @@ def add_use_arguments(group) -> None:
 
 
 def add_search_arguments(group) -> None:
-    group.add_argument(
-        "--curve",
-        nargs="+",
-        action="append",
-        metavar=("NAME", "THRESHOLD"),
-        help="a criterion, or softmax:2,4 to ask at some exits only, and thresholds; repeatable (the known criteria)",
-    )
+    """The fields of a `Search`."""
+    add_curve_argument(group)
     group.add_argument("--order", choices=("pareto", "threshold"), default="pareto", help="of the tests (pareto)")
     group.add_argument(
         "--finalists", type=positive, default=1, metavar="N", help="with threshold: curves that are tested (1)"
@@ -132,11 +130,13 @@ def calibrate(arguments: argparse.Namespace) -> int:
 
 
 def exits_of(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The exit settings that all candidates share, as far as they were given."""
     given = {"batch_exit": arguments.batch_exit, "exit_schedule": arguments.exit_schedule}
     return {name: value for name, value in given.items() if value is not None}
 
 
 def decoding_of(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What was given of decoding, as keywords of `generate`."""
     given = {name: getattr(arguments, name) for name in ("max_new_tokens", "num_beams")}
     return {name: value for name, value in given.items() if value is not None}
 
@@ -157,6 +157,7 @@ def save(model, tokenizer, certificate, arguments: argparse.Namespace) -> None:
 
 
 def is_early_exit_checkpoint(folder: Path) -> bool:
+    """Whether a folder holds a model that was saved with exits."""
     config = folder / "config.json"
     return config.is_file() and json.loads(config.read_text(encoding="utf-8")).get("model_type") == "early_exit_t5"
 

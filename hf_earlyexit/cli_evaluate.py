@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from hf_earlyexit import terminal
 from hf_earlyexit.cli_arguments import (
     Verb,
+    add_curve_argument,
     add_model_arguments,
     check_device,
     check_file,
@@ -61,13 +62,7 @@ def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     text.add_argument("--max-new-tokens", type=positive, metavar="N", help="tokens per text at most (the model's)")
     text.add_argument("--max-source-tokens", type=positive, metavar="N", help="longer inputs are cut (never)")
     grid = parser.add_argument_group("what is measured")
-    grid.add_argument(
-        "--curve",
-        nargs="+",
-        action="append",
-        metavar=("NAME", "THRESHOLD"),
-        help="a criterion, or softmax:2,4 to ask at some exits only, and thresholds; repeatable (the known criteria)",
-    )
+    add_curve_argument(grid)
     grid.add_argument("--batch-sizes", type=positive, nargs="+", default=(1, 4, 8, 16), metavar="N", help="(1 4 8 16)")
     grid.add_argument("--batch-rules", nargs="+", default=("row", "batch"), metavar="RULE", help="(row batch)")
     grid.add_argument("--rounds", type=positive, default=31, metavar="N", help="batches to time each cell on (31)")

@@ -65,6 +65,7 @@ class Search:
 
 
 def curves_of(candidates: Sequence[Candidate]) -> list[str]:
+    """Their curves, each once, in order."""
     return list(dict.fromkeys(one.curve for one in candidates))
 
 
