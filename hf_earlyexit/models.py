@@ -17,8 +17,9 @@ from hf_earlyexit.config import EarlyExitConfig, EarlyExitT5Config, early_exit_c
 from hf_earlyexit.generation import EarlyExitGenerationMixin
 from hf_earlyexit.heads import ExitHeads, initialize
 from hf_earlyexit.labelled import LabelledExits
-from hf_earlyexit.layers import T5Decoder, decode_step
+from hf_earlyexit.layers import decode_step
 from hf_earlyexit.stock import stock_of
+from hf_earlyexit.t5 import T5Decoder
 
 
 class EarlyExitT5ForConditionalGeneration(EarlyExitGenerationMixin, T5ForConditionalGeneration):

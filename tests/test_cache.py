@@ -6,10 +6,11 @@ import pytest
 import torch
 
 from hf_earlyexit import EarlyExitCache
-from hf_earlyexit.layers import T5Decoder, run_layers
+from hf_earlyexit.layers import run_layers
 from hf_earlyexit.rows import Rows
 from hf_earlyexit.run import ExitRun
 from hf_earlyexit.settings import ExitSettings
+from hf_earlyexit.t5 import T5Decoder
 from tests.tiny import NUM_LAYERS, tiny_inputs, tiny_pair
 from tests.watching import Scripted
 

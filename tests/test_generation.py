@@ -17,9 +17,10 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 from hf_earlyexit import EarlyExitConfig, EarlyExitGenerateBeamOutput, EarlyExitGenerateOutput
-from hf_earlyexit.layers import T5Decoder, decode_step
+from hf_earlyexit.layers import decode_step
 from hf_earlyexit.run import ExitRun
 from hf_earlyexit.settings import ExitSettings
+from hf_earlyexit.t5 import T5Decoder
 from tests import laws
 from tests.tiny import ENDS, NUM_LAYERS, Unrest, one_row, stock_cache, tiny_inputs, tiny_pair, unrest, with_exits
 from tests.watching import Scripted, counting, pseudo_random_script

@@ -10,14 +10,14 @@ import functools
 import pytest
 import torch
 
-from hf_earlyexit import attention, cache, generation, layers, run
+from hf_earlyexit import attention, cache, generation, layers, run, t5
 from hf_earlyexit.rows import Rows
 from tests import laws
 from tests.tiny import NUM_LAYERS, tiny_inputs, tiny_pair
 from tests.watching import pseudo_random_script
 
 
-Cache, Decoder, Run = cache.EarlyExitCache, layers.T5Decoder, run.ExitRun
+Cache, Decoder, Run = cache.EarlyExitCache, t5.T5Decoder, run.ExitRun
 
 
 # --- the laws, each as a function of a family that builds its own models --------------------------------------------

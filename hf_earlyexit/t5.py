@@ -1,0 +1,198 @@
+"""Answers for what it takes to run and project one layer of T5, with the library's blocks.
+
+The adapters are the only code that knows the insides of the library's models: a stock block's `forward` is called as
+it is, with a view of the cache that looks like the library's own.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from transformers import EncoderDecoderCache
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.models.t5.modeling_t5 import eager_attention_forward
+
+from hf_earlyexit import attention
+from hf_earlyexit.cache import EarlyExitCache
+from hf_earlyexit.layers import DecoderShape
+from hf_earlyexit.rows import Rows
+
+
+attention.register("sdpa", sdpa_attention_forward, attention.sdpa)
+attention.register("eager", eager_attention_forward, eager_attention_forward)
+
+
+class CrossKeysValues(NamedTuple):
+    """One layer of a cross-attention cache, as stock T5 reads it."""
+
+    keys: torch.Tensor | None
+    values: torch.Tensor | None
+
+
+class SelfAttentionView:
+    """What stock T5 self-attention sees of an `EarlyExitCache`: it writes its rows and reads all of them."""
+
+    def __init__(self, cache: EarlyExitCache):
+        self.cache = cache
+        self.rows: Rows | None = None
+        self.length = 0  # of the longest row of this step, its new positions included
+
+    def update(self, keys: torch.Tensor, values: torch.Tensor, layer_idx: int, *args, **kwargs):
+        layer = layer_idx + 1
+        self.cache.write(layer, self.rows, keys, values)
+        return self.cache.view(layer, self.rows, self.length)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return self.cache.get_seq_length()
+
+
+class CrossAttentionView:
+    """What stock T5 cross-attention sees of an `EarlyExitCache`: keys and values that are always there."""
+
+    def __init__(self, num_layers: int):
+        self.layers = [CrossKeysValues(None, None)] * num_layers
+
+
+class T5BlockView(EncoderDecoderCache):
+    """The cache as a stock `T5Block` sees it."""
+
+    def __init__(self, cache: EarlyExitCache):
+        self.self_attention_cache = SelfAttentionView(cache)
+        self.cross_attention_cache = CrossAttentionView(cache.num_layers)
+        self.is_updated = dict.fromkeys(range(cache.num_layers), True)
+
+
+class T5Decoder:
+    """The adapter of T5: v1.0 and v1.1, tied and untied, gated or not.
+
+    Args:
+        model: An `EarlyExitT5ForConditionalGeneration`.
+        cache: Of the call, with its encoder states attached.
+        encoder_mask: `[batch, source]`, 0 where the source is padding; None for no padding.
+        decoder_mask: `[batch, prompt]`, 0 where the decoder prompt is padding; None for no padding.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        cache: EarlyExitCache,
+        encoder_mask: torch.Tensor | None,
+        decoder_mask: torch.Tensor | None,
+    ):
+        self.model, self.stack, self.blocks = model, model.decoder, model.decoder.block
+        self.num_layers = len(self.blocks)
+        self.encoder_states = cache.encoder_states
+        self.dtype = self.blocks[0].layer[0].SelfAttention.relative_attention_bias.weight.dtype
+        self.view = T5BlockView(cache)
+        source = self.encoder_states.shape[1]
+        device = self.encoder_states.device
+        self.cross_mask = additive_mask(encoder_mask, self.dtype, device, source)
+        padded = decoder_mask is not None and not decoder_mask.all()
+        self.prompt_mask = additive_mask(decoder_mask, self.dtype, device, decoder_mask.shape[1]) if padded else None
+        self.reversed_bias = torch.empty(0)
+
+    @staticmethod
+    def shape(model: nn.Module) -> DecoderShape:
+        keys = model.decoder.block[0].layer[0].SelfAttention
+        return DecoderShape(
+            len(model.decoder.block), keys.n_heads, keys.key_value_proj_dim, model.lm_head.weight.dtype
+        )
+
+    def no_logits(self, batch_size: int) -> torch.Tensor:
+        weight = self.model.lm_head.weight
+        return weight.new_zeros(batch_size, 1, weight.shape[0])
+
+    def embed(self, ids: torch.Tensor, rows: Rows) -> torch.Tensor:
+        return self.stack.dropout(self.stack.embed_tokens(rows.select(ids)))
+
+    def begin_step(self, rows: Rows, cache: EarlyExitCache, length: int) -> None:
+        if self.reversed_bias.shape[-1] < cache.capacity:
+            self.reversed_bias = self._bias_by_distance(cache.capacity)
+        self.self_bias = self._self_bias(rows, cache, length)
+        self.view.self_attention_cache.length = self.self_bias.shape[-1]
+        self._follow(rows)
+
+    def run_block(self, layer: int, hidden: torch.Tensor, rows: Rows, cache: EarlyExitCache) -> torch.Tensor:
+        cache.fill_cross(layer, rows, self.project_source)
+        if rows is not self.view.self_attention_cache.rows:
+            self._follow(rows)
+        self.view.cross_attention_cache.layers[layer - 1] = CrossKeysValues(*cache.cross_view(layer, rows))
+        return self.blocks[layer - 1](
+            hidden,
+            None,
+            self.row_self_bias,
+            self.encoder_states,
+            None,
+            self.row_cross_mask,
+            past_key_values=self.view,
+            live_rows=rows,
+        )[0]
+
+    def _follow(self, rows: Rows) -> None:
+        """Narrow to `rows` what differs between rows."""
+        self.view.self_attention_cache.rows = rows
+        self.row_self_bias = self.self_bias if self.self_bias.shape[0] == 1 else rows.select(self.self_bias)
+        self.row_cross_mask = self.cross_mask if self.cross_mask.shape[0] == 1 else rows.select(self.cross_mask)
+
+    def project(self, layer: int, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        part = self.blocks[layer - 1].layer[0]
+        return self._keys_values(part.SelfAttention, part.layer_norm(states))
+
+    def project_source(self, layer: int, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cross-attention keys and values `[rows, heads, source, head]` of `states [rows, source, hidden]`."""
+        keys, values = self._keys_values(self.blocks[layer - 1].layer[1].EncDecAttention, states)
+        return keys.transpose(1, 2), values.transpose(1, 2)
+
+    @staticmethod
+    def _keys_values(module: nn.Module, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        shape = (*states.shape[:-1], module.n_heads, module.key_value_proj_dim)
+        return module.k(states).view(shape), module.v(states).view(shape)
+
+    def head_input(self, layer: int, hidden: torch.Tensor) -> torch.Tensor:
+        return self.model.exit_head_input(layer, hidden)
+
+    def lm_head(self, head_input: torch.Tensor) -> torch.Tensor:
+        return self.model.lm_head(head_input)
+
+    def exit_probability(self, layer: int, hidden: torch.Tensor) -> torch.Tensor:
+        return self.model.exit_heads.exit_probability(layer, hidden)
+
+    def _bias_by_distance(self, capacity: int) -> torch.Tensor:
+        """Relative bias `[1, heads, 1, capacity]` of keys at distances capacity - 1 to 0, to be sliced."""
+        module = self.blocks[0].layer[0].SelfAttention
+        return module.compute_bias(1, capacity, device=self.encoder_states.device, past_seen_tokens=capacity - 1)
+
+    def _self_bias(self, rows: Rows, cache: EarlyExitCache, length: int) -> torch.Tensor:
+        """What is added to the self-attention scores of new positions, `[1 or batch, heads, length, keys]`."""
+        starts = {cache.lengths[row] for row in rows}
+        keys = max(starts) + length
+        if len(starts) == 1 and length == 1:
+            bias = self.reversed_bias[..., -keys:].contiguous()
+        else:
+            bias = self._bias_at([cache.lengths[row] for row in range(cache.num_rows)], length, keys)
+        if self.prompt_mask is not None:
+            bias = bias + nn.functional.pad(self.prompt_mask, (0, keys - self.prompt_mask.shape[-1]))
+        return bias
+
+    def _bias_at(self, starts: list[int], length: int, keys: int) -> torch.Tensor:
+        """Relative bias `[batch, heads, length, keys]` of rows that hold `starts` positions, later keys shut out."""
+        device = self.reversed_bias.device
+        positions = torch.tensor(starts, device=device)[:, None] + torch.arange(length, device=device)
+        distance = positions[:, :, None] - torch.arange(keys, device=device)
+        bias_by_distance = self.reversed_bias[0, :, 0].flip(-1)
+        bias = bias_by_distance[:, distance.clamp(min=0)].transpose(0, 1)
+        return bias.masked_fill(distance[:, None] < 0, torch.finfo(bias.dtype).min)
+
+
+def additive_mask(mask: torch.Tensor | None, dtype: torch.dtype, device: torch.device, keys: int) -> torch.Tensor:
+    """What shuts out padding when added to attention scores: `[batch, 1, 1, keys]`, zeros `[1, 1, 1, keys]` if none.
+
+    Args:
+        mask: `[batch, keys]`, 0 where a key is padding.
+    """
+    if mask is None or bool(mask.all()):
+        return torch.zeros(1, 1, 1, keys, dtype=dtype, device=device)
+    padding = mask.to(device).bool().logical_not()[:, None, None]
+    return torch.zeros(padding.shape, dtype=dtype, device=device).masked_fill_(padding, torch.finfo(dtype).min)
