@@ -6,6 +6,7 @@ it. What it takes to run and project one layer of a family is the family's adapt
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import NamedTuple, Protocol
 
 import torch
@@ -45,7 +46,13 @@ class Decoder(Protocol):
         """Prepare what the layers of one step share (masks, relative bias) for `length` positions behind the cache."""
 
     def run_block(self, layer: int, hidden: torch.Tensor, rows: Rows, cache: EarlyExitCache) -> torch.Tensor:
-        """`[rows, length, hidden]`, the stock block's output; writes the rows' keys and values."""
+        """`[rows, length, hidden]`, the block's output; writes the rows' keys and values."""
+
+    def run_blocks(
+        self, layers: range, hidden: torch.Tensor, rows: Rows, cache: EarlyExitCache
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The outputs `[rows, 1, hidden]` of the last of these blocks and of the one before it; writes as
+        `run_block`."""
 
     def project(self, layer: int, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values `[positions, heads, head]` that `layer` makes of `states [positions, hidden]`."""
@@ -96,12 +103,14 @@ def run_layers(
     started, departures = rows, []
     cache.reserve(rows)
     decoder.begin_step(rows, cache, 1)
-    for layer in range(1, decoder.num_layers + 1):
-        run.work.filled_positions[layer] += cache.catch_up(layer, rows, decoder.project)  # a debt is paid here
-        previous, hidden = hidden, decoder.run_block(layer, hidden, rows, cache)
-        run.work.layer_rows[layer] += len(rows)
-        if layer not in run.exit_points:
-            continue
+    for stretch in stretches(decoder.num_layers, run.exit_points):
+        for layer in stretch:
+            run.work.filled_positions[layer] += cache.catch_up(layer, rows, decoder.project)  # a debt is paid here
+            run.work.layer_rows[layer] += len(rows)
+        hidden, previous = decoder.run_blocks(stretch, hidden, rows, cache)
+        layer = stretch[-1]
+        if layer == decoder.num_layers:
+            break
         point = exit_point(decoder, layer, hidden, previous, rows, cache, run)
         leaving = run.leavers(point)  # a token leaves here
         if not leaving:
@@ -109,15 +118,21 @@ def run_layers(
         departures.append(depart(point, rows, leaving))
         cache.park(departures[-1].rows, departures[-1].hidden)
         staying = sorted(set(range(len(rows))) - set(leaving))
+        rows, hidden = rows.choose(staying), hidden[staying]
         if not staying:
             break
-        rows, hidden = rows.choose(staying), hidden[staying]
-    else:
+    if rows:
         departures.append(Departure(rows, decoder.num_layers, hidden[:, 0], None))
         for row in rows:
             run.record(row, decoder.num_layers)
     cache.advance(started)
     return departures
+
+
+def stretches(num_layers: int, exit_points: Collection[int]) -> list[range]:
+    """The layers, counted from 1, in stretches that end where someone is asked, or at the last layer."""
+    ends = sorted({*exit_points, num_layers})
+    return [range(start + 1, end + 1) for start, end in zip([0, *ends], ends)]
 
 
 def run_prompt(decoder: Decoder, ids: torch.Tensor, cache: EarlyExitCache, run: ExitRun, rows: Rows) -> None:

@@ -130,6 +130,13 @@ class T5Decoder:
             live_rows=rows,
         )[0]
 
+    def run_blocks(
+        self, layers: range, hidden: torch.Tensor, rows: Rows, cache: EarlyExitCache
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        for layer in layers:
+            previous, hidden = hidden, self.run_block(layer, hidden, rows, cache)
+        return hidden, previous
+
     def _follow(self, rows: Rows) -> None:
         """Narrow to `rows` what differs between rows."""
         self.view.self_attention_cache.rows = rows

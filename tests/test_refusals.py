@@ -55,7 +55,7 @@ BAD_ARGUMENTS = [
     ({"exit_criterion": "classifier", "exit_threshold": 0.5}, "has no exit classifiers"),
     (ON | {"use_cache": False}, "`use_cache=False`"),
     (ON | {"past_key_values": EncoderDecoderCache(DynamicCache(), DynamicCache())}, "`past_key_values` of type Enc"),
-    (ON | {"cache_implementation": "static"}, "`cache_implementation='static'`"),
+    (ON | {"cache_implementation": "offloaded_static"}, "`cache_implementation='offloaded_static'`: use .static"),
     (ON | {"cache_implementation": "offloaded"}, "`cache_implementation='offloaded'`"),
     (ON | {"cache_implementation": "paged"}, "paged"),
     (ON | {"output_attentions": True, "return_dict_in_generate": True}, "`output_attentions=True`"),
@@ -70,7 +70,7 @@ BAD_ARGUMENTS = [
     (ON | {"is_assistant": True}, "being the assistant of another model"),
     (ON | {"exit_treshold": 0.5}, "exit_treshold"),
     (ON | {"exit_schedule": {"name": "calm", "tau": float("nan")}}, "`tau` .*must be a number from 0 on, got nan"),
-    (ON | {"compile_config": CompileConfig()}, "`compile_config`"),
+    (ON | {"compile_config": CompileConfig()}, "`compile_config` alone: add `cache_implementation"),
     (ON | {"negative_prompt_ids": torch.ones(2, 3)}, "`negative_prompt_ids`"),
     (ON | {"decoder_inputs_embeds": torch.ones(2, 1, 32)}, "`decoder_inputs_embeds`: pass `decoder_input_ids`"),
 ]
@@ -194,7 +194,7 @@ def test_what_early_exit_refuses_works_at_full_depth_as_in_stock():
     inputs = tiny_inputs(1)
     for extra in (
         {"use_cache": False},
-        {"cache_implementation": "static"},
+        {"cache_implementation": "static", "disable_compile": True},
         {"prompt_lookup_num_tokens": 2},
         {"output_hidden_states": True, "return_dict_in_generate": True},
         {"past_key_values": EncoderDecoderCache(*(StaticCache(model.config, max_cache_len=n) for n in (9, 11)))},
