@@ -59,6 +59,8 @@ class EarlyExitGenerateOutput(GenerateEncoderDecoderOutput):
         layer_rows: `[L]`, rows x positions that entered each block, counted at the call of the block.
         filled_positions: `[L]`, debts paid: skipped positions whose keys and values were projected after all.
         head_rows: `[L + 1]`, rows that met the vocabulary head after each layer; entry 0 is always 0.
+        candidate_rows: `[L + 1]`, rows of the head's weights that were scored after each layer besides: rows of the
+            batch x their candidates (`exit_candidates`). A row of `head_rows` scores the whole vocabulary.
     """
 
     layers_run: torch.LongTensor | None = None
@@ -66,6 +68,7 @@ class EarlyExitGenerateOutput(GenerateEncoderDecoderOutput):
     layer_rows: torch.LongTensor | None = None
     filled_positions: torch.LongTensor | None = None
     head_rows: torch.LongTensor | None = None
+    candidate_rows: torch.LongTensor | None = None
 
 
 @dataclass
@@ -77,6 +80,7 @@ class EarlyExitGenerateBeamOutput(GenerateBeamEncoderDecoderOutput):
     layer_rows: torch.LongTensor | None = None
     filled_positions: torch.LongTensor | None = None
     head_rows: torch.LongTensor | None = None
+    candidate_rows: torch.LongTensor | None = None
 
 
 class EarlyExitGenerationMixin(CertifiedMixin, PreparedMixin):
@@ -91,6 +95,7 @@ class EarlyExitGenerationMixin(CertifiedMixin, PreparedMixin):
         exit_schedule=None,
         exit_layer: int | None = None,
         exit_layers: Sequence[int] | None = None,
+        exit_candidates: int | None = None,
         batch_exit: str | None = None,
         fill: str | None = None,
         strict_certificate: bool | None = None,
@@ -109,6 +114,9 @@ class EarlyExitGenerationMixin(CertifiedMixin, PreparedMixin):
                 `{"name": ..., "tau": ...}`.
             exit_layer: With `"fixed"`, the layer that every token leaves after.
             exit_layers: Of the model's exit points, those that are asked in this call; all if not given.
+            exit_candidates: With `"softmax"`, `"max_prob"` and `"entropy"`: only so many tokens are scored after a
+                token's first exit point, its likeliest ones there. It leaves only if the full vocabulary head, asked
+                where they are sure, says the same token.
             batch_exit: `"row"`: every row leaves at its own layer. `"batch"`: all where the last row has passed.
                 `"batch_joint"`: all where all pass.
             fill: `"lazy"`: keys and values of skipped layers are projected when first needed. `"eager"`: at once.
@@ -128,6 +136,7 @@ class EarlyExitGenerationMixin(CertifiedMixin, PreparedMixin):
             "exit_schedule": exit_schedule,
             "exit_layer": exit_layer,
             "exit_layers": exit_layers,
+            "exit_candidates": exit_candidates,
             "batch_exit": batch_exit,
             "fill": fill,
             "strict_certificate": strict_certificate,
@@ -138,7 +147,8 @@ class EarlyExitGenerationMixin(CertifiedMixin, PreparedMixin):
         call = inspect.signature(GenerationMixin.generate).bind(self, *args, **kwargs).arguments
         call = {**call, **call.get("kwargs", {})}
         settings = ExitSettings.merge(given, call.get("generation_config"), self.generation_config)
-        settings.check_against(self.early_exit, self.decoder_adapter.shape(self).num_layers)
+        num_layers, vocabulary = self.decoder_adapter.shape(self).num_layers, self.config.vocab_size
+        settings.check_against(self.early_exit, num_layers, vocabulary)
         if problems := _around_the_hooks(call):
             if settings.early_exit:
                 _refuse(problems)

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from hf_earlyexit.cache import EarlyExitCache
-from hf_earlyexit.policies import ExitPoint
+from hf_earlyexit.policies import ExitPoint, at_places
 from hf_earlyexit.rows import Rows
 from hf_earlyexit.run import ExitRun
 
@@ -62,6 +62,9 @@ class Decoder(Protocol):
 
     def lm_head(self, head_input: torch.Tensor) -> torch.Tensor:
         """`[rows, vocabulary]`."""
+
+    def lm_head_rows(self, head_input: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        """`[rows, candidates]`, what `lm_head` says of the tokens `ids [rows, candidates]`, each row of its own."""
 
     def exit_probability(self, layer: int, hidden: torch.Tensor) -> torch.Tensor:
         """`[rows]`, the exit classifier on `hidden [rows, hidden]`."""
@@ -115,8 +118,9 @@ def run_layers(
         leaving = run.leavers(point)  # a token leaves here
         if not leaving:
             continue
-        departures.append(depart(point, rows, leaving))
-        cache.park(departures[-1].rows, departures[-1].hidden)
+        for departure in depart(point, rows, leaving):
+            departures.append(departure)
+            cache.park(departure.rows, departure.hidden)
         staying = sorted(set(range(len(rows))) - set(leaving))
         rows, hidden = rows.choose(staying), hidden[staying]
         if not staying:
@@ -168,16 +172,26 @@ def exit_point(
         run.work.head_rows[layer] += len(hidden)
         return decoder.lm_head(decoder.head_input(layer, hidden))
 
+    def score_some(layer: int, hidden: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        run.work.candidate_rows[layer] += ids.numel()
+        return decoder.lm_head_rows(decoder.head_input(layer, hidden), ids)
+
     positions = [cache.lengths[row] for row in rows]
-    return ExitPoint(layer, rows.indices, positions, hidden[:, 0], previous[:, 0], score, decoder.exit_probability)
+    states, classify = (hidden[:, 0], previous[:, 0]), decoder.exit_probability
+    return ExitPoint(layer, rows.indices, positions, *states, score, classify, score_some, run.shortlist)
 
 
-def depart(point: ExitPoint, rows: Rows, leaving: list[int]) -> Departure:
-    """The rows at the places `leaving`, with what the criterion has already computed of them."""
-    if len(leaving) == len(rows):
-        return Departure(rows, point.layer, point.hidden, point.scored)
-    logits = None if point.scored is None else point.scored[leaving]
-    return Departure(rows.choose(leaving), point.layer, point.hidden[leaving], logits)
+def depart(point: ExitPoint, rows: Rows, leaving: list[int]) -> list[Departure]:
+    """The rows at the places `leaving`, with what is known of them; those without logits apart from those with."""
+    return [
+        Departure(
+            rows if len(places) == len(rows) else rows.choose(places),
+            point.layer,
+            at_places(point.hidden, places),
+            logits,
+        )
+        for places, logits in point.known_logits(leaving)
+    ]
 
 
 def gather_logits(decoder: Decoder, departures: list[Departure], run: ExitRun) -> torch.Tensor:

@@ -163,6 +163,11 @@ class T5Decoder:
     def lm_head(self, head_input: torch.Tensor) -> torch.Tensor:
         return self.model.lm_head(head_input)
 
+    def lm_head_rows(self, head_input: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        head = self.model.lm_head
+        scores = (nn.functional.embedding(ids, head.weight) @ head_input[:, :, None])[:, :, 0]
+        return scores if head.bias is None else scores + head.bias[ids]
+
     def exit_probability(self, layer: int, hidden: torch.Tensor) -> torch.Tensor:
         return self.model.exit_heads.exit_probability(layer, hidden)
 

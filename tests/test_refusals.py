@@ -46,6 +46,23 @@ BAD_ARGUMENTS = [
         {"exit_criterion": "fixed", "exit_layer": 2, "exit_layers": [2]},
         "`exit_layers=\\[2\\]` does not go with .*fixed",
     ),
+    (ON | {"exit_candidates": 1}, "`exit_candidates` must be an integer from 2 on, got 1.*leave it out"),
+    (ON | {"exit_candidates": 4.0}, "`exit_candidates` must be an integer from 2 on, got 4.0"),
+    (ON | {"exit_candidates": True}, "`exit_candidates` must be an integer from 2 on, got True"),
+    (ON | {"exit_candidates": 98}, "`exit_candidates=98` is more than the vocabulary of this model, 97: .*name fewer"),
+    (
+        {"exit_criterion": "state", "exit_threshold": 0.5, "exit_candidates": 8},
+        "`exit_candidates=8` goes with .*vocabulary head, one of \\['softmax', 'max_prob', 'entropy'\\], not 'state'",
+    ),
+    (
+        {"exit_criterion": "fixed", "exit_layer": 2, "exit_candidates": 8},
+        "`exit_candidates=8` goes with .*not 'fixed': leave it out",
+    ),
+    (
+        {"exit_criterion": SoftmaxResponse(), "exit_threshold": 0.5, "exit_candidates": 8},
+        "`exit_candidates=8` goes with .*not SoftmaxResponse",
+    ),
+    ({"exit_candidates": 8}, "`exit_candidates` does nothing without an `exit_criterion`"),
     (ON | {"batch_exit": "rows"}, "`batch_exit` must be one of .*'row'.*got 'rows'"),
     (ON | {"fill": "late"}, "`fill` must be one of .*'lazy'.*got 'late'"),
     (ON | {"exit_schedule": "decay"}, "`exit_schedule` must be one of .*'calm'.*got 'decay'"),
