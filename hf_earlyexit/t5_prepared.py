@@ -41,15 +41,16 @@ class PreparedLayer:
 
 
 class Norm:
-    """A root-mean-square norm in four operations."""
+    """A root-mean-square norm in four operations, with its own scale or with none."""
 
-    def __init__(self, norm: nn.Module):
+    def __init__(self, norm: nn.Module, scaled: bool = True):
         width = norm.weight.shape[0]
         # |x| and the square root of width x epsilon are the legs of a triangle whose third side is what the norm
         # divides by, but for the square root of the width, which is in the scale.
         epsilon = norm.variance_epsilon if hasattr(norm, "variance_epsilon") else norm.eps  # apex calls it `eps`
         self.floor = at_least_float32(norm.weight.new_tensor((width * epsilon) ** 0.5))
-        self.scale = at_least_float32(norm.weight.detach()) * width**0.5
+        weight = at_least_float32(norm.weight.detach())
+        self.scale = (weight if scaled else torch.ones_like(weight)) * width**0.5
 
     def __call__(self, states: torch.Tensor) -> torch.Tensor:
         """`[rows, hidden]`, in the dtype of `states`."""
@@ -73,7 +74,23 @@ class PreparedT5:
         with torch.no_grad():
             self.layers = [PreparedLayer(block) for block in model.decoder.block]
             self.lm_head = packed(model.lm_head)
+            self.stacked_norm = Norm(model.decoder.block[0].layer[0].layer_norm, scaled=False)
+        self.blocks = model.decoder.block
+        self.stacks: dict[int, PackedLinear] = {}
         self.compiled: dict[Hashable, Callable] = {}
+
+    def stacked(self, first: int) -> PackedLinear:
+        """Keys and values of all layers from `first` on as one map, with the scales of their norms folded in: made
+        when rows first leave below."""
+        if first not in self.stacks:
+            parts = [block.layer[0] for block in self.blocks[first - 1 :]]
+            folded = [
+                at_least_float32(one.weight) * at_least_float32(part.layer_norm.weight)
+                for part in parts
+                for one in (part.SelfAttention.k, part.SelfAttention.v)
+            ]
+            self.stacks[first] = PackedLinear(torch.cat(folded).to(parts[0].SelfAttention.k.weight.dtype))
+        return self.stacks[first]
 
 
 class PreparedT5Decoder(T5Decoder):
@@ -143,6 +160,13 @@ class PreparedT5Decoder(T5Decoder):
         keys, values = weights.keys_values(weights.norm(at_least_a_tile(states)))[: len(states)].chunk(2, dim=-1)
         shape = (len(states), -1, self.head_dim)
         return keys.view(shape), values.view(shape)
+
+    def project_layers(self, layers: range, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        normed = self.prepared.stacked_norm(at_least_a_tile(states))
+        projected = self.prepared.stacked(layers.start)(normed)[: len(states)]
+        projected = projected.view(len(states), len(layers), 2, -1, self.head_dim)
+        keys, values = projected.permute(2, 1, 0, 3, 4)
+        return keys, values
 
     def lm_head(self, head_input: torch.Tensor) -> torch.Tensor:
         return self.prepared.lm_head(at_least_a_tile(head_input))[: len(head_input)]

@@ -1,4 +1,4 @@
-"""A prepared copy says what the model says, serves as long as the weights are the same, and is no part of the model."""
+"""A prepared copy says what the model says, serves while the weights are the same, and is no part of the model."""
 
 from __future__ import annotations
 
@@ -105,7 +105,8 @@ def test_prepared_is_the_unprepared_up_to_ties(monkeypatch):
         torch.testing.assert_close(mine, others, atol=1e-4, rtol=1e-4)
 
 
-def test_work_is_counted_where_it_runs(monkeypatch):
+@pytest.mark.parametrize("fill", ["lazy", "eager"])
+def test_work_is_counted_where_it_runs(fill, monkeypatch):
     counts = {"block": [0] * NUM_LAYERS, "paid": [0] * NUM_LAYERS, "head": 0}
 
     class Counting(PreparedT5Decoder):
@@ -117,13 +118,18 @@ def test_work_is_counted_where_it_runs(monkeypatch):
             counts["paid"][layer - 1] += len(states)
             return super().project(layer, states)
 
+        def project_layers(self, layers, states):
+            for layer in layers:
+                counts["paid"][layer - 1] += len(states)
+            return super().project_layers(layers, states)
+
         def lm_head(self, head_input):
             counts["head"] += len(head_input)
             return super().lm_head(head_input)
 
     monkeypatch.setattr(EarlyExitT5ForConditionalGeneration, "prepared_adapter", Counting)
     _, model = prepared_pair()
-    output = laws.generate(model, tiny_inputs(4), **SOFTMAX)
+    output = laws.generate(model, tiny_inputs(4), **SOFTMAX, fill=fill)
     assert output.layer_rows.tolist() == counts["block"]
     assert output.filled_positions.tolist() == counts["paid"]
     assert output.head_rows.sum() == counts["head"]
@@ -147,7 +153,7 @@ def test_a_packed_product_is_the_product(rows, dtype):
 
 
 def test_the_copy_is_no_part_of_the_model(tmp_path):
-    stock, model = tiny_pair("untied", 0, torch.float32)
+    _, model = tiny_pair("untied", 0, torch.float32)
     names = list(model.state_dict())
     assert model.prepare_for_generation() is model and model.is_prepared
     assert list(model.state_dict()) == names
