@@ -135,8 +135,7 @@ def region_layer(block: nn.Module, prepared) -> RegionLayer:
     dense = feed.DenseReluDense
     return RegionLayer(
         norm=block.layer[0].layer_norm.weight.detach(),
-        query=region_map(prepared.query, attention.q),
-        keys_values=region_map(prepared.keys_values, attention.k, attention.v),
+        query_keys_values=region_map(prepared.query_keys_values, attention.q, attention.k, attention.v),
         output=region_map(prepared.output, attention.o),
         cross_norm=block.layer[1].layer_norm.weight.detach(),
         cross_query=region_map(prepared.cross_query, cross.q),

@@ -30,8 +30,8 @@ class PreparedLayer:
         attention, cross, feed = block.layer[0].SelfAttention, block.layer[1].EncDecAttention, block.layer[2]
         dense = feed.DenseReluDense
         self.norm, self.cross_norm, self.feed_norm = (Norm(part.layer_norm) for part in block.layer)
-        self.query = packed(attention.q)
-        self.keys_values = packed(attention.k, attention.v)
+        self.query_keys_values = packed(attention.q, attention.k, attention.v)
+        self.keys_values = packed(attention.k, attention.v)  # for debts
         self.output = packed(attention.o)
         self.cross_query, self.cross_output = packed(cross.q), packed(cross.o)
         self.is_gated = hasattr(dense, "wi_0")
@@ -51,12 +51,14 @@ class Norm:
         self.floor = at_least_float32(norm.weight.new_tensor((width * epsilon) ** 0.5))
         weight = at_least_float32(norm.weight.detach())
         self.scale = (weight if scaled else torch.ones_like(weight)) * width**0.5
+        self.is_half = weight.dtype != norm.weight.dtype
 
     def __call__(self, states: torch.Tensor) -> torch.Tensor:
         """`[rows, hidden]`, in the dtype of `states`."""
-        wide = at_least_float32(states)
+        wide = states.float() if self.is_half else states
         length = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
-        return (wide / torch.hypot(length, self.floor) * self.scale).to(states.dtype)
+        normed = wide / length.hypot_(self.floor) * self.scale
+        return normed.to(states.dtype) if self.is_half else normed
 
 
 class PreparedT5:
@@ -103,29 +105,35 @@ class PreparedT5Decoder(T5Decoder):
         self.pads_source = self.cross_mask.shape[0] > 1
 
     def run_block(self, layer: int, hidden: torch.Tensor, rows: Rows, cache: EarlyExitCache) -> torch.Tensor:
-        cache.fill_cross(layer, rows, self.project_source)
+        return self.run_blocks(range(layer, layer + 1), hidden, rows, cache)[0]
+
+    def run_blocks(
+        self, layers: range, hidden: torch.Tensor, rows: Rows, cache: EarlyExitCache
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         if rows is not self.view.self_attention_cache.rows:
             self._follow(rows)
         states = at_least_a_tile(hidden.flatten(0, 1))
-        states = self.self_attention(layer, states, rows, cache)
-        states = self.cross_attention(layer, states, rows, cache)
-        states = self.feed_forward(layer, states)
-        return states[: hidden.shape[:-1].numel()].view(hidden.shape)
+        for layer in layers:
+            cache.fill_cross(layer, rows, self.project_source)
+            previous = states
+            states = self.self_attention(layer, states, rows, cache)
+            states = self.cross_attention(layer, states, rows, cache)
+            states = self.feed_forward(layer, states)
+        count = hidden.shape[:-1].numel()
+        return states[:count].view(hidden.shape), previous[:count].view(hidden.shape)
 
     def self_attention(self, layer: int, states: torch.Tensor, rows: Rows, cache: EarlyExitCache) -> torch.Tensor:
         """`states [rows x length, hidden]` with what self-attention adds; writes the rows' keys and values."""
         weights = self.prepared.layers[layer - 1]
-        normed = weights.norm(states)
-        query = self._by_head(weights.query(normed), rows)
-        keys, values = weights.keys_values(normed).chunk(2, dim=-1)
-        cache.write(layer, rows, self._by_head(keys, rows), self._by_head(values, rows))
+        query, keys, values = self._by_head(weights.query_keys_values(weights.norm(states)), rows, 3)
+        cache.write(layer, rows, keys, values)
         keys, values = cache.view(layer, rows, self.view.self_attention_cache.length)
         return states + weights.output(self._attend(query, keys, values, rows, self.row_self_bias))
 
     def cross_attention(self, layer: int, states: torch.Tensor, rows: Rows, cache: EarlyExitCache) -> torch.Tensor:
         """`states [rows x length, hidden]` with what attention to the source adds."""
         weights = self.prepared.layers[layer - 1]
-        query = self._by_head(weights.cross_query(weights.cross_norm(states)), rows)
+        (query,) = self._by_head(weights.cross_query(weights.cross_norm(states)), rows, 1)
         mask = self.row_cross_mask if self.pads_source else None
         return states + weights.cross_output(self._attend(query, *cache.cross_view(layer, rows), rows, mask))
 
@@ -135,16 +143,16 @@ class PreparedT5Decoder(T5Decoder):
         inner = weights.feed_in(weights.feed_norm(states))
         if weights.is_gated:
             gate, inner = inner.chunk(2, dim=-1)
-            inner = weights.activation(gate) * inner
+            inner = weights.activation(gate).mul_(inner)
         else:
             inner = weights.activation(inner)
         return states + weights.feed_out(inner)
 
-    def _by_head(self, projected: torch.Tensor, rows: Rows) -> torch.Tensor:
-        """`[rows, heads, length, head]` of `projected [rows x length at least, heads x head]`."""
+    def _by_head(self, projected: torch.Tensor, rows: Rows, parts: int) -> tuple[torch.Tensor, ...]:
+        """The parts `[rows, heads, length, head]` of `projected [rows x length at least, parts x heads x head]`."""
         length = self.new_positions
-        heads = projected[: len(rows) * length].view(len(rows), length, -1, self.head_dim)
-        return heads.transpose(1, 2)
+        heads = projected[: len(rows) * length].view(len(rows), length, parts, -1, self.head_dim)
+        return heads.permute(2, 0, 3, 1, 4).unbind()
 
     def _attend(self, query, keys, values, rows: Rows, bias: torch.Tensor | None) -> torch.Tensor:
         """`[rows x length at least, heads x head]`."""
@@ -192,10 +200,13 @@ def refuse_unless_plain(model: nn.Module) -> None:
         ValueError: It would not; the message names the module.
     """
     for name, module in (("lm_head", model.lm_head), *_maps_of(model)):
-        if type(module) is not nn.Linear or module.bias is not None:
+        if type(module) is not nn.Linear or type(module.weight.data) is not torch.Tensor or module.bias is not None:
+            weight = (
+                f" with weights of type `{type(module.weight.data).__name__}`" if hasattr(module, "weight") else ""
+            )
             raise ValueError(
                 f"`prepare_for_generation` needs the plain linear maps of T5, but `{name}` is a "
-                f"`{type(module).__name__}`: merge adapters (`merge_and_unload`) or load unquantised weights first."
+                f"`{type(module).__name__}`{weight}: merge adapters (`merge_and_unload`) or load unquantised weights."
             )
     for name, module in model.decoder.named_modules():
         if module._forward_hooks or module._forward_pre_hooks or hasattr(module, "_hf_hook"):

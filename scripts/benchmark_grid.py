@@ -1,7 +1,7 @@
 """Answers for one cell of the speed table: every way to decode the same rows, and the bars between them.
 
 Ours is timed three ways: *plain*, on the library's blocks; *prepared*, on a prepared copy of the weights; *compiled*,
-on compiled regions of it. Exits are forced after a layer, or replayed from the layers that the tokens of real texts ran.
+on compiled regions of it. Exits are forced after a layer, or replayed from the layers that tokens of real texts ran.
 """
 
 from __future__ import annotations
