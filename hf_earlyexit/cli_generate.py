@@ -104,6 +104,8 @@ def generate(arguments: argparse.Namespace) -> int:
     records = read_records(arguments.input_file, arguments.input_field)
     check_arguments(arguments)
     model, tokenizer = load(arguments)
+    if arguments.dtype != "float16":  # which cannot be prepared
+        model.prepare_for_generation()
     tally = Tally(model.config.num_decoder_layers)
     with open_output(arguments.output_file) as output, progress(len(records), output) as bar:
         for batch in batches(records, arguments.batch_size):

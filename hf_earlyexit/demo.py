@@ -164,7 +164,7 @@ def load_models() -> tuple[EarlyExitT5ForConditionalGeneration, PreTrainedTokeni
     with quiet_loading():
         model, tokenizer = load_default()
         stock = T5ForConditionalGeneration.from_pretrained(CHECKPOINT, dtype=torch.float32).eval()
-    return model, tokenizer, stock
+    return model.prepare_for_generation(), tokenizer, stock
 
 
 def asked_layers(model: EarlyExitT5ForConditionalGeneration, settings: dict[str, Any]) -> list[int]:
