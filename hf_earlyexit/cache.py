@@ -123,6 +123,20 @@ class EarlyExitCache(Cache):
         for row in rows:
             filled[row] = self.lengths[row] + length
 
+    def write_layers(self, layers: range, rows: Rows, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Store the current tokens' keys and values `[layers, rows, heads, head]` of neighbouring layers."""
+        first, last = layers[0] - 1, layers[-1]
+        start = self._common_length(rows)
+        for arena, new in ((self.keys, keys), (self.values, values)):
+            if start is not None and len(rows.runs) == 1:
+                arena[first:last, rows.runs[0], :, start] = new
+            else:
+                positions = torch.tensor([self.lengths[row] for row in rows], device=self.device)
+                arena[first:last].transpose(0, 1)[rows.index, :, :, positions] = new.transpose(0, 1)
+        for layer in layers:
+            for row in rows:
+                self.filled[layer - 1][row] = self.lengths[row] + 1
+
     def view(self, layer: int, rows: Rows, length: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of the first `length` positions, as views: of `rows` where these are neighbours, else of
         the whole batch, for an attention function that knows the live rows."""

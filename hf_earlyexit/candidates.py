@@ -11,6 +11,7 @@ from itertools import pairwise
 from typing import Any
 
 from hf_earlyexit.config import EarlyExitConfig
+from hf_earlyexit.policies import WITH_CANDIDATES
 from hf_earlyexit.settings import ExitSettings
 
 
@@ -57,7 +58,8 @@ def curve_candidates(curve: str, thresholds: Sequence[float], **keywords: Any) -
     Args:
         curve: `softmax`, or `softmax:2,4` for some exit points only.
         thresholds: In whatever order. They must differ in their first six digits, which are in the names.
-        keywords: Further exit settings of all of them, such as `exit_schedule` and `batch_exit`.
+        keywords: Further exit settings of all of them, such as `exit_schedule` and `batch_exit`; `exit_candidates` is
+            for the criteria that have candidates and left out elsewhere.
 
     Raises:
         ValueError: The exit points of the curve are no whole numbers, there is no threshold, or two have one name.
@@ -69,6 +71,8 @@ def curve_candidates(curve: str, thresholds: Sequence[float], **keywords: Any) -
         asked = {"exit_layers": [int(layer) for layer in layers.split(",")]} if layers else {}
     except ValueError as error:
         raise ValueError(f"The curve {curve!r} must be a criterion, or one and exit points: softmax:2,4,6.") from error
+    if criterion not in WITH_CANDIDATES:
+        keywords.pop("exit_candidates", None)
     settings = {"exit_criterion": criterion, **asked, **keywords}
     found = [
         Candidate(curve, threshold, {**settings, "exit_threshold": threshold})
@@ -83,14 +87,16 @@ def curve_candidates(curve: str, thresholds: Sequence[float], **keywords: Any) -
     return found
 
 
-def check_candidates(candidates: Sequence[Candidate], built: EarlyExitConfig, num_layers: int) -> None:
+def check_candidates(
+    candidates: Sequence[Candidate], built: EarlyExitConfig, num_layers: int, vocabulary: int | None = None
+) -> None:
     """Check every candidate against what is built into the model.
 
     Raises:
         ValueError: One is not legal, or the model lacks what it needs.
     """
     for candidate in candidates:
-        ExitSettings.merge(candidate.keywords, None, None).check_against(built, num_layers)
+        ExitSettings.merge(candidate.keywords, None, None).check_against(built, num_layers, vocabulary)
 
 
 def default_curves(built: EarlyExitConfig) -> Mapping[str, Sequence[float]]:

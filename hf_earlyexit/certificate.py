@@ -197,6 +197,7 @@ def call_conditions(
         "exit_threshold": None if settings.exit_criterion == "fixed" else settings.exit_threshold,
         "exit_schedule": _spelled_out(settings.schedule),
         "exit_points": sorted(points),
+        "exit_candidates": settings.exit_candidates,
         "batch_exit": settings.batch_exit,
         "batch_size": rows if rows_wait else None,
     }

@@ -15,6 +15,7 @@ EXIT_SETTINGS = (
     "exit_threshold",
     "exit_layers",
     "exit_layer",
+    "exit_candidates",
     "exit_schedule",
     "batch_exit",
     "fill",
@@ -69,6 +70,12 @@ def add_exit_settings(parser, criterion: str, threshold: str, layers: str) -> No
         "--exit-layers", type=positive, nargs="+", metavar="LAYER", help=f"exit points that are asked ({layers})"
     )
     parser.add_argument("--exit-layer", type=positive, metavar="LAYER", help="with fixed: the layer to leave at")
+    parser.add_argument(
+        "--exit-candidates",
+        type=positive,
+        metavar="N",
+        help="with softmax, max_prob or entropy: tokens scored after the first exit point (the vocabulary)",
+    )
     parser.add_argument("--batch-exit", metavar="RULE", help="row, batch or batch_joint (row)")
     parser.add_argument("--fill", metavar="WHEN", help="keys and values of skipped layers: lazy or eager (lazy)")
 

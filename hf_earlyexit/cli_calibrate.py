@@ -75,6 +75,12 @@ def add_use_arguments(group) -> None:
     """The fields of a `Use`."""
     group.add_argument("--batch-size", type=positive, default=1, metavar="N", help="inputs at once (1)")
     group.add_argument("--batch-exit", metavar="RULE", help="row, batch or batch_joint (row)")
+    group.add_argument(
+        "--exit-candidates",
+        type=positive,
+        metavar="N",
+        help="where a criterion looks at the vocabulary: tokens scored after the first exit point (all)",
+    )
     group.add_argument("--exit-schedule", type=schedule, metavar="NAME", help="constant, calm, calm_released, or JSON")
     group.add_argument("--max-new-tokens", type=positive, metavar="N", help="tokens per text at most (the model's)")
     group.add_argument("--num-beams", type=positive, metavar="N", help="beams; 1 is greedy (the model's)")
@@ -131,7 +137,7 @@ def calibrate(arguments: argparse.Namespace) -> int:
 
 def exits_of(arguments: argparse.Namespace) -> dict[str, Any]:
     """The exit settings that all candidates share, as far as they were given."""
-    given = {"batch_exit": arguments.batch_exit, "exit_schedule": arguments.exit_schedule}
+    given = {name: getattr(arguments, name) for name in ("batch_exit", "exit_candidates", "exit_schedule")}
     return {name: value for name, value in given.items() if value is not None}
 
 

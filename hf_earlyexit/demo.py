@@ -273,6 +273,7 @@ def work(trial: Trial) -> str:
         _compare("  per token", layers / tokens, full_layers / full_tokens, "{:.2f}"),
         _compare("skipped layers caught up on (keys and values)", int(early.filled_positions.sum()), 0),
         _compare("vocabulary heads run", int(early.head_rows.sum()), int(full.head_rows.sum())),
+        *_candidates(int(early.candidate_rows.sum())),
         _compare("milliseconds, one text at a time", *_milliseconds(trial), "{:.0f}"),
         _compare("milliseconds, as one batch", *_milliseconds(trial, " batch"), "{:.0f}"),
         ("texts equal to full depth", f"{trial.equal_texts} of {len(trial.inputs)}", "", ""),
@@ -282,6 +283,11 @@ def work(trial: Trial) -> str:
 
 def _compare(name: str, early: float, full: float, style: str = "{}") -> tuple[str, str, str, str]:
     return name, style.format(early), style.format(full), terminal.ratio(early, full)
+
+
+def _candidates(rows: int) -> list[tuple[str, str, str, str]]:
+    """What was scored of the vocabulary besides whole heads, if anything was."""
+    return [_compare("single tokens of the vocabulary scored besides", rows, 0)] if rows else []
 
 
 def _milliseconds(trial: Trial, which: str = "") -> tuple[float, float]:

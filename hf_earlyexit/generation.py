@@ -13,7 +13,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import DynamicCache, EncoderDecoderCache, GenerationConfig, GenerationMixin, StoppingCriteriaList
+from tqdm.auto import tqdm
+from transformers import (
+    CompileConfig,
+    DynamicCache,
+    EncoderDecoderCache,
+    GenerationConfig,
+    GenerationMixin,
+    StoppingCriteriaList,
+)
 from transformers.generation import (
     GenerateBeamEncoderDecoderOutput,
     GenerateEncoderDecoderOutput,
@@ -23,6 +31,10 @@ from transformers.generation import (
 from hf_earlyexit import attention
 from hf_earlyexit.cache import EarlyExitCache
 from hf_earlyexit.certified import CertifiedMixin
+from hf_earlyexit.compiling import CompileOptions, static_capacity
+from hf_earlyexit.layers import stretches
+from hf_earlyexit.lean import generate_tokens
+from hf_earlyexit.prepared import PreparedMixin
 from hf_earlyexit.run import ExitRun, RecordingStoppingCriteria
 from hf_earlyexit.settings import ExitSettings
 
@@ -47,6 +59,8 @@ class EarlyExitGenerateOutput(GenerateEncoderDecoderOutput):
         layer_rows: `[L]`, rows x positions that entered each block, counted at the call of the block.
         filled_positions: `[L]`, debts paid: skipped positions whose keys and values were projected after all.
         head_rows: `[L + 1]`, rows that met the vocabulary head after each layer; entry 0 is always 0.
+        candidate_rows: `[L + 1]`, rows of the head's weights that were scored after each layer besides: rows of the
+            batch x their candidates (`exit_candidates`). A row of `head_rows` scores the whole vocabulary.
     """
 
     layers_run: torch.LongTensor | None = None
@@ -54,6 +68,7 @@ class EarlyExitGenerateOutput(GenerateEncoderDecoderOutput):
     layer_rows: torch.LongTensor | None = None
     filled_positions: torch.LongTensor | None = None
     head_rows: torch.LongTensor | None = None
+    candidate_rows: torch.LongTensor | None = None
 
 
 @dataclass
@@ -65,10 +80,11 @@ class EarlyExitGenerateBeamOutput(GenerateBeamEncoderDecoderOutput):
     layer_rows: torch.LongTensor | None = None
     filled_positions: torch.LongTensor | None = None
     head_rows: torch.LongTensor | None = None
+    candidate_rows: torch.LongTensor | None = None
 
 
-class EarlyExitGenerationMixin(CertifiedMixin):
-    """`generate` with exits, for a class that has `early_exit`, `exit_heads` and `decoder_adapter`."""
+class EarlyExitGenerationMixin(CertifiedMixin, PreparedMixin):
+    """`generate` with exits, for a class that has `early_exit`, `exit_heads` and what `PreparedMixin` asks for."""
 
     def generate(
         self,
@@ -79,6 +95,7 @@ class EarlyExitGenerationMixin(CertifiedMixin):
         exit_schedule=None,
         exit_layer: int | None = None,
         exit_layers: Sequence[int] | None = None,
+        exit_candidates: int | None = None,
         batch_exit: str | None = None,
         fill: str | None = None,
         strict_certificate: bool | None = None,
@@ -97,6 +114,9 @@ class EarlyExitGenerationMixin(CertifiedMixin):
                 `{"name": ..., "tau": ...}`.
             exit_layer: With `"fixed"`, the layer that every token leaves after.
             exit_layers: Of the model's exit points, those that are asked in this call; all if not given.
+            exit_candidates: With `"softmax"`, `"max_prob"` and `"entropy"`: only so many tokens are scored after a
+                token's first exit point, its likeliest ones there. It leaves only if the full vocabulary head, asked
+                where they are sure, says the same token.
             batch_exit: `"row"`: every row leaves at its own layer. `"batch"`: all where the last row has passed.
                 `"batch_joint"`: all where all pass.
             fill: `"lazy"`: keys and values of skipped layers are projected when first needed. `"eager"`: at once.
@@ -116,6 +136,7 @@ class EarlyExitGenerationMixin(CertifiedMixin):
             "exit_schedule": exit_schedule,
             "exit_layer": exit_layer,
             "exit_layers": exit_layers,
+            "exit_candidates": exit_candidates,
             "batch_exit": batch_exit,
             "fill": fill,
             "strict_certificate": strict_certificate,
@@ -126,13 +147,56 @@ class EarlyExitGenerationMixin(CertifiedMixin):
         call = inspect.signature(GenerationMixin.generate).bind(self, *args, **kwargs).arguments
         call = {**call, **call.get("kwargs", {})}
         settings = ExitSettings.merge(given, call.get("generation_config"), self.generation_config)
-        settings.check_against(self.early_exit, self.decoder_adapter.shape(self).num_layers)
+        num_layers, vocabulary = self.decoder_adapter.shape(self).num_layers, self.config.vocab_size
+        settings.check_against(self.early_exit, num_layers, vocabulary)
         if problems := _around_the_hooks(call):
             if settings.early_exit:
                 _refuse(problems)
             return super().generate(*args, **kwargs)
         self._hold_to_certificate(settings, call)
         return super().generate(*args, exit_settings=settings, **kwargs)
+
+    @torch.no_grad()
+    def warm_up(
+        self,
+        batch_size: int = 1,
+        source_length: int = 64,
+        max_new_tokens: int = 64,
+        exit_layers: Sequence[int] | None = None,
+        early_exit: bool = True,
+        compile_config: CompileConfig | None = None,
+    ) -> None:
+        """Compile what `generate(cache_implementation="static")` will need, so that no call has to wait for it.
+
+        Prepares the model (`prepare_for_generation`). What is compiled serves other lengths, too; a single row, and
+        the model after it was prepared anew, have graphs of their own.
+
+        Args:
+            batch_size: Rows of the calls to come, at most.
+            source_length: Of the source, in tokens.
+            max_new_tokens: Of a text.
+            exit_layers: Exit points that will be asked, also the one of `"fixed"`; those of `generation_config`, or
+                all of the model, if None.
+            early_exit: False: nobody will be asked.
+            compile_config: As it will be given to `generate`.
+
+        Raises:
+            ValueError: The decoder cannot be prepared, or an exit layer is none of the model's.
+        """
+        config = GenerationConfig(cache_implementation="static", compile_config=compile_config)
+        given = {"exit_criterion": "state", "exit_threshold": 1.0, "exit_layers": exit_layers}
+        settings = ExitSettings.merge({k: v for k, v in given.items() if v is not None}, None, self.generation_config)
+        num_layers = self.decoder_adapter.shape(self).num_layers
+        settings.check_against(self.early_exit, num_layers)
+        compiling = CompileOptions.of(config, self.device)
+        self._freshen_copy(needed=True)
+        states = torch.zeros(batch_size, source_length, self.config.d_model, dtype=self.dtype, device=self.device)
+        cache = self._cache_for(None, states, static_capacity(max_new_tokens + 1), settings.fill)
+        cache.attach_encoder(states)
+        decoder = self._new_decoder(cache, None, None, compiling)
+        walk = stretches(num_layers, settings.exit_points(self.early_exit, num_layers) if early_exit else ())
+        for _ in tqdm(decoder.warm_up(walk, cache), desc="Compiling", unit="graph"):
+            pass
 
     # --- hooks of the library's `generate`, in the order it calls them ----------------------------------------------
 
@@ -144,6 +208,9 @@ class EarlyExitGenerationMixin(CertifiedMixin):
             if settings.early_exit:
                 _refuse(problems)
             generation_config._exit_settings = None if problems else settings
+            if not problems:
+                compiling = CompileOptions.of(generation_config, self.device)
+                self._freshen_copy(needed=compiling is not None)
         return generation_config, model_kwargs
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, generation_mode, batch_size, max_length):
@@ -154,11 +221,16 @@ class EarlyExitGenerationMixin(CertifiedMixin):
                 generation_config, model_kwargs, generation_mode, batch_size, max_length
             )
         states = model_kwargs["encoder_outputs"][0]
-        cache = self._cache_for(model_kwargs.get("past_key_values"), states, min(max_length, 128), settings.fill)
+        is_static = generation_config.cache_implementation == "static"
+        capacity = static_capacity(max_length) if is_static else min(max_length, 128)
+        cache = self._cache_for(model_kwargs.get("past_key_values"), states, capacity, settings.fill)
         cache.attach_encoder(states, rows_per_prompt=max(1, len(states) // batch_size))
         model_kwargs["past_key_values"] = cache
-        model_kwargs["exit_decoder"] = self.decoder_adapter(
-            self, cache, model_kwargs.get("attention_mask"), model_kwargs.get("decoder_attention_mask")
+        model_kwargs["exit_decoder"] = self._new_decoder(
+            cache,
+            model_kwargs.get("attention_mask"),
+            model_kwargs.get("decoder_attention_mask"),
+            CompileOptions.of(generation_config, states.device),
         )
         model_kwargs["exit_run"] = generation_config._exit_run = ExitRun(
             settings,
@@ -179,8 +251,22 @@ class EarlyExitGenerationMixin(CertifiedMixin):
             return criteria
         return RecordingStoppingCriteria(criteria, run)
 
-    def _sample(self, *args, **kwargs):
-        return _with_exits(super()._sample(*args, **kwargs), kwargs.get("exit_run"))
+    def _sample(
+        self,
+        input_ids,
+        logits_processor,
+        stopping_criteria,
+        generation_config,
+        synced_gpus=False,
+        streamer=None,
+        **model_kwargs,
+    ):
+        call = (input_ids, logits_processor, stopping_criteria, generation_config)
+        run: ExitRun | None = model_kwargs.get("exit_run")
+        if run is None:
+            return super()._sample(*call, synced_gpus=synced_gpus, streamer=streamer, **model_kwargs)
+        decoder, cache = model_kwargs["exit_decoder"], model_kwargs["past_key_values"]
+        return _with_exits(generate_tokens(*call, decoder, cache, run, streamer), run)
 
     def _beam_search(self, *args, **kwargs):
         return _with_exits(super()._beam_search(*args, **kwargs), kwargs.get("exit_run"))
@@ -283,10 +369,10 @@ def _not_supported(model, config: GenerationConfig, model_kwargs: dict[str, Any]
         problems.append("`use_cache=False`: leave it out")
     if cache is not None and not isinstance(cache, EarlyExitCache):
         problems.append(f"`past_key_values` of type {type(cache).__name__}: leave it out, or pass an `EarlyExitCache`")
-    if config.cache_implementation is not None:
-        problems.append(f"`cache_implementation={config.cache_implementation!r}`: leave it out")
-    if config.compile_config is not None:
-        problems.append("`compile_config`: leave it out")
+    if config.cache_implementation not in (None, "static"):
+        problems.append(f'`cache_implementation={config.cache_implementation!r}`: use "static", or leave it out')
+    if config.compile_config is not None and config.cache_implementation is None:
+        problems.append('`compile_config` alone: add `cache_implementation="static"`, or leave it out')
     if config.prefill_chunk_size is not None:
         problems.append(f"`prefill_chunk_size={config.prefill_chunk_size}`: leave it out")
     if config.guidance_scale not in (None, 1):

@@ -6,13 +6,14 @@ it. What it takes to run and project one layer of a family is the family's adapt
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import nn
 
 from hf_earlyexit.cache import EarlyExitCache
-from hf_earlyexit.policies import ExitPoint
+from hf_earlyexit.policies import ExitPoint, at_places
 from hf_earlyexit.rows import Rows
 from hf_earlyexit.run import ExitRun
 
@@ -45,7 +46,13 @@ class Decoder(Protocol):
         """Prepare what the layers of one step share (masks, relative bias) for `length` positions behind the cache."""
 
     def run_block(self, layer: int, hidden: torch.Tensor, rows: Rows, cache: EarlyExitCache) -> torch.Tensor:
-        """`[rows, length, hidden]`, the stock block's output; writes the rows' keys and values."""
+        """`[rows, length, hidden]`, the block's output; writes the rows' keys and values."""
+
+    def run_blocks(
+        self, layers: range, hidden: torch.Tensor, rows: Rows, cache: EarlyExitCache
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The outputs `[rows, 1, hidden]` of the last of these blocks and of the one before it; writes as
+        `run_block`."""
 
     def project(self, layer: int, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values `[positions, heads, head]` that `layer` makes of `states [positions, hidden]`."""
@@ -55,6 +62,9 @@ class Decoder(Protocol):
 
     def lm_head(self, head_input: torch.Tensor) -> torch.Tensor:
         """`[rows, vocabulary]`."""
+
+    def lm_head_rows(self, head_input: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        """`[rows, candidates]`, what `lm_head` says of the tokens `ids [rows, candidates]`, each row of its own."""
 
     def exit_probability(self, layer: int, hidden: torch.Tensor) -> torch.Tensor:
         """`[rows]`, the exit classifier on `hidden [rows, hidden]`."""
@@ -96,28 +106,37 @@ def run_layers(
     started, departures = rows, []
     cache.reserve(rows)
     decoder.begin_step(rows, cache, 1)
-    for layer in range(1, decoder.num_layers + 1):
-        run.work.filled_positions[layer] += cache.catch_up(layer, rows, decoder.project)  # a debt is paid here
-        previous, hidden = hidden, decoder.run_block(layer, hidden, rows, cache)
-        run.work.layer_rows[layer] += len(rows)
-        if layer not in run.exit_points:
-            continue
+    for stretch in stretches(decoder.num_layers, run.exit_points):
+        for layer in stretch:
+            run.work.filled_positions[layer] += cache.catch_up(layer, rows, decoder.project)  # a debt is paid here
+            run.work.layer_rows[layer] += len(rows)
+        hidden, previous = decoder.run_blocks(stretch, hidden, rows, cache)
+        layer = stretch[-1]
+        if layer == decoder.num_layers:
+            break
         point = exit_point(decoder, layer, hidden, previous, rows, cache, run)
         leaving = run.leavers(point)  # a token leaves here
         if not leaving:
             continue
-        departures.append(depart(point, rows, leaving))
-        cache.park(departures[-1].rows, departures[-1].hidden)
+        for departure in depart(point, rows, leaving):
+            departures.append(departure)
+            cache.park(departure.rows, departure.hidden)
         staying = sorted(set(range(len(rows))) - set(leaving))
+        rows, hidden = rows.choose(staying), hidden[staying]
         if not staying:
             break
-        rows, hidden = rows.choose(staying), hidden[staying]
-    else:
+    if rows:
         departures.append(Departure(rows, decoder.num_layers, hidden[:, 0], None))
         for row in rows:
             run.record(row, decoder.num_layers)
     cache.advance(started)
     return departures
+
+
+def stretches(num_layers: int, exit_points: Collection[int]) -> list[range]:
+    """The layers, counted from 1, in stretches that end where someone is asked, or at the last layer."""
+    ends = sorted({*exit_points, num_layers})
+    return [range(start + 1, end + 1) for start, end in zip([0, *ends], ends)]
 
 
 def run_prompt(decoder: Decoder, ids: torch.Tensor, cache: EarlyExitCache, run: ExitRun, rows: Rows) -> None:
@@ -153,16 +172,26 @@ def exit_point(
         run.work.head_rows[layer] += len(hidden)
         return decoder.lm_head(decoder.head_input(layer, hidden))
 
+    def score_some(layer: int, hidden: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        run.work.candidate_rows[layer] += ids.numel()
+        return decoder.lm_head_rows(decoder.head_input(layer, hidden), ids)
+
     positions = [cache.lengths[row] for row in rows]
-    return ExitPoint(layer, rows.indices, positions, hidden[:, 0], previous[:, 0], score, decoder.exit_probability)
+    states, classify = (hidden[:, 0], previous[:, 0]), decoder.exit_probability
+    return ExitPoint(layer, rows.indices, positions, *states, score, classify, score_some, run.shortlist)
 
 
-def depart(point: ExitPoint, rows: Rows, leaving: list[int]) -> Departure:
-    """The rows at the places `leaving`, with what the criterion has already computed of them."""
-    if len(leaving) == len(rows):
-        return Departure(rows, point.layer, point.hidden, point.scored)
-    logits = None if point.scored is None else point.scored[leaving]
-    return Departure(rows.choose(leaving), point.layer, point.hidden[leaving], logits)
+def depart(point: ExitPoint, rows: Rows, leaving: list[int]) -> list[Departure]:
+    """The rows at the places `leaving`, with what is known of them; those without logits apart from those with."""
+    return [
+        Departure(
+            rows if len(places) == len(rows) else rows.choose(places),
+            point.layer,
+            at_places(point.hidden, places),
+            logits,
+        )
+        for places, logits in point.known_logits(leaving)
+    ]
 
 
 def gather_logits(decoder: Decoder, departures: list[Departure], run: ExitRun) -> torch.Tensor:

@@ -34,7 +34,7 @@ from hf_earlyexit.stock import stock_of
 from hf_earlyexit.writing import Writer
 
 
-SHARED = ("exit_schedule", "batch_exit", "fill")
+SHARED = ("exit_schedule", "exit_candidates", "batch_exit", "fill")
 NONE_SAFE = "no setting was shown to keep the target"
 NONE_FASTER = "no setting that was shown to keep the target costs less than full depth"
 
@@ -46,7 +46,8 @@ class Use:
     Attributes:
         batch_size: Inputs at once. Where rows wait for each other (`batch_exit` other than `"row"`) the unit is a
             batch of exactly that many, whose loss is the mean of its rows'. Elsewhere it matters for time only.
-        exits: Exit settings of every candidate: `exit_schedule`, `batch_exit`, `fill`.
+        exits: Exit settings of every candidate: `exit_schedule`, `batch_exit`, `fill`; and `exit_candidates`, of those
+            whose criterion looks at the vocabulary.
         generation: Keywords of `generate` besides the exits, over the model's generation_config. No sampling.
         max_source_tokens: Longer inputs are cut; None: never.
     """

@@ -20,6 +20,8 @@ from hf_earlyexit.labelled import LabelledExits
 from hf_earlyexit.layers import decode_step
 from hf_earlyexit.stock import stock_of
 from hf_earlyexit.t5 import T5Decoder
+from hf_earlyexit.t5_compiled import CompiledT5Decoder
+from hf_earlyexit.t5_prepared import PreparedT5, PreparedT5Decoder
 
 
 class EarlyExitT5ForConditionalGeneration(EarlyExitGenerationMixin, T5ForConditionalGeneration):
@@ -31,6 +33,9 @@ class EarlyExitT5ForConditionalGeneration(EarlyExitGenerationMixin, T5ForConditi
 
     config_class = EarlyExitT5Config
     decoder_adapter = T5Decoder
+    prepared_adapter = PreparedT5Decoder
+    compiled_adapter = CompiledT5Decoder
+    prepare_weights = PreparedT5
     # T5 takes `num_items_in_batch` and ignores it, so that a `Trainer` that believes it was heeded does not divide the
     # losses of accumulated batches by their number.
     accepts_loss_kwargs = False

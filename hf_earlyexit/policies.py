@@ -15,11 +15,38 @@ from typing import Protocol
 import torch
 
 
+class Shortlist:
+    """The candidates of rows for one token: the best ones of the whole vocabulary where the rows are first asked.
+
+    Made anew for every step, since a token's candidates say nothing of the next one's. A criterion made of several may
+    use lists of several lengths.
+    """
+
+    def __init__(self):
+        self._chosen: dict[int, tuple[list[int], torch.Tensor]] = {}
+
+    def choose(self, rows: list[int], logits: torch.Tensor, count: int) -> None:
+        """The `count` best of `logits [rows, vocabulary]` are the rows' candidates from here on."""
+        if count > logits.shape[-1]:
+            raise ValueError(f"`candidates={count}` must be at most the vocabulary, {logits.shape[-1]}.")
+        self._chosen[count] = rows, logits.topk(count, dim=-1).indices
+
+    def of(self, rows: list[int], count: int) -> torch.Tensor | None:
+        """Token ids `[rows, count]` of these, who were all there when candidates were chosen; None before that."""
+        if count not in self._chosen:
+            return None
+        known, ids = self._chosen[count]
+        if rows == known:
+            return ids
+        places = {row: place for place, row in enumerate(known)}
+        return ids[[places[row] for row in rows]]
+
+
 class ExitPoint:
     """What some rows of a batch offer to a criterion between two layers.
 
     Vocabulary and classifier scores are computed when first looked at, once, and counted then; the logits of a token
-    that leaves are the ones that were looked at.
+    that leaves are the ones that were looked at, or that have confirmed it.
 
     Attributes:
         layer: Layers run so far, counted from 1.
@@ -27,6 +54,9 @@ class ExitPoint:
         positions: Their decoder positions, one per row; the first new token of an unprompted T5 is at 0.
         hidden: `[rows, hidden]`, the output of block `layer`, before any norm.
         previous: `[rows, hidden]`, the output of the block below; the embeddings at layer 1.
+
+    It is made with functions of a layer and its hidden states: `score` gives `[rows, vocabulary]`, `classify` gives
+    `[rows]`, `score_some` `[rows, candidates]` of token ids. Without a `shortlist` it is the first point of its rows.
     """
 
     def __init__(
@@ -38,10 +68,16 @@ class ExitPoint:
         previous: torch.Tensor,
         score: Callable[[int, torch.Tensor], torch.Tensor],
         classify: Callable[[int, torch.Tensor], torch.Tensor],
+        score_some: Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
+        shortlist: Shortlist | None = None,
     ):
         self.layer, self.rows, self.positions = layer, rows, positions
         self.hidden, self.previous = hidden, previous
-        self._score, self._classify = score, classify
+        self._score, self._classify, self._score_some = score, classify, score_some
+        self._shortlist = shortlist or Shortlist()
+        self._scores: dict[int, torch.Tensor] = {}
+        self._favourites: list[torch.Tensor] = []  # the best candidates `[rows]` of each list that was scored
+        self._confirming: tuple[list[int], torch.Tensor] | None = None  # places, and their full logits
 
     @cached_property
     def logits(self) -> torch.Tensor:
@@ -53,6 +89,59 @@ class ExitPoint:
         """The logits if anyone has looked at them."""
         return self.__dict__.get("logits")
 
+    def scores(self, candidates: int | None) -> torch.Tensor:
+        """`[rows, vocabulary]`, or `[rows, candidates]`, the logits of the rows' candidates alone.
+
+        At the first exit point of a token, where it has none yet, the whole vocabulary is scored and they are chosen;
+        at later ones only they are scored.
+        """
+        if candidates is None:
+            return self.logits
+        if candidates not in self._scores:
+            self._scores[candidates] = self._candidate_scores(candidates)
+        return self._scores[candidates]
+
+    def _candidate_scores(self, count: int) -> torch.Tensor:
+        ids = self._shortlist.of(self.rows, count)
+        if ids is None:
+            self._shortlist.choose(self.rows, self.logits, count)
+            return self.logits
+        logits = self._score_some(self.layer, self.hidden, ids)
+        self._favourites.append(ids.gather(1, logits.argmax(dim=-1, keepdim=True))[:, 0])
+        return logits
+
+    def confirm(self, passed: list[bool]) -> list[bool]:
+        """`passed`, without the rows whose best candidate is not what the whole vocabulary says.
+
+        Candidates may be sure among themselves while a token that is none of them has overtaken them. So the full head
+        is evaluated for the rows that have passed, and for them alone; where nobody was judged by candidates there is
+        nothing to confirm.
+        """
+        places = [place for place, ok in enumerate(passed) if ok]
+        if not places or not self._favourites:
+            return passed
+        if self.scored is not None:
+            logits = at_places(self.scored, places)
+        else:
+            logits = self._score(self.layer, at_places(self.hidden, places))
+        self._confirming = places, logits
+        says = logits.argmax(dim=-1)
+        agrees = torch.stack([at_places(favourite, places) == says for favourite in self._favourites]).all(dim=0)
+        confirmed = {place for place, ok in zip(places, agrees.tolist()) if ok}
+        return [place in confirmed for place in range(len(passed))]
+
+    def known_logits(self, places: list[int]) -> list[tuple[list[int], torch.Tensor | None]]:
+        """The places in at most two groups: those whose logits `[rows, vocabulary]` were computed, with these, and
+        those whose were not, with None."""
+        if self.scored is not None:
+            return [(places, at_places(self.scored, places))]
+        seen, logits = self._confirming or ([], None)
+        where = {place: index for index, place in enumerate(seen)}
+        known = [place for place in places if place in where]
+        groups = [(known, at_places(logits, [where[place] for place in known]))] if known else []
+        unknown = [place for place in places if place not in where]
+        return [*groups, (unknown, None)] if unknown else groups
+
     @cached_property
     def exit_probability(self) -> torch.Tensor:
         """`[rows]`, this layer's exit classifier on `hidden`."""
@@ -61,7 +150,7 @@ class ExitPoint:
     @property
     def log_probabilities(self) -> torch.Tensor:
         """`[rows, vocabulary]`, in fp32 at least."""
-        return torch.log_softmax(at_least_float32(self.logits), dim=-1)
+        return log_probabilities(self.logits)
 
 
 class ExitCriterion(Protocol):
@@ -74,10 +163,17 @@ class ExitCriterion(Protocol):
 
 @dataclass(frozen=True)
 class SoftmaxResponse:
-    """Top-1 minus top-2 probability (CALM, arXiv 2207.07061, section 3.5, "softmax response")."""
+    """Top-1 minus top-2 probability (CALM, arXiv 2207.07061, section 3.5, "softmax response").
+
+    With `candidates`, among those many alone after a token's first exit point (see `ExitPoint.scores`); so for the
+    others that look at the vocabulary. Fewer to share it with makes probabilities larger, so a threshold belongs to a
+    number of candidates.
+    """
+
+    candidates: int | None = None
 
     def confidence(self, point: ExitPoint) -> torch.Tensor:
-        logits = at_least_float32(point.logits)
+        logits = at_least_float32(point.scores(self.candidates))
         top = (logits.topk(2, dim=-1).values - logits.logsumexp(dim=-1, keepdim=True)).exp()
         return top[:, 0] - top[:, 1]
 
@@ -86,19 +182,24 @@ class SoftmaxResponse:
 class MaxProbability:
     """The top-1 probability."""
 
+    candidates: int | None = None
+
     def confidence(self, point: ExitPoint) -> torch.Tensor:
-        logits = at_least_float32(point.logits)
+        logits = at_least_float32(point.scores(self.candidates))
         return (logits.amax(dim=-1) - logits.logsumexp(dim=-1)).exp()
 
 
 @dataclass(frozen=True)
 class Entropy:
-    """One minus the entropy over its largest value, ln of the vocabulary (BranchyNet's measure, turned round)."""
+    """One minus the entropy over its largest value, ln of the vocabulary or of the number of candidates (BranchyNet's
+    measure, turned round)."""
+
+    candidates: int | None = None
 
     def confidence(self, point: ExitPoint) -> torch.Tensor:
-        log_probabilities = point.log_probabilities
-        entropy = -(log_probabilities.exp() * log_probabilities).sum(dim=-1)
-        return (1 - entropy / math.log(log_probabilities.shape[-1])).clamp(0, 1)
+        logarithms = log_probabilities(point.scores(self.candidates))
+        entropy = -(logarithms.exp() * logarithms).sum(dim=-1)
+        return (1 - entropy / math.log(logarithms.shape[-1])).clamp(0, 1)
 
 
 @dataclass(frozen=True)
@@ -142,6 +243,7 @@ CRITERIA: dict[str, type] = {
     "classifier": ExitClassifier,
     "fixed": FixedLayer,
 }
+WITH_CANDIDATES = tuple(name for name, kind in CRITERIA.items() if hasattr(kind, "candidates"))
 
 
 @dataclass(frozen=True)
@@ -204,6 +306,16 @@ BATCH_RULES: dict[str, Callable[[list[bool], list[bool]], list[bool]]] = {
     "batch": all_leave_once_each_has_passed,
     "batch_joint": all_leave_where_all_pass,
 }
+
+
+def at_places(tensor: torch.Tensor, places: list[int]) -> torch.Tensor:
+    """`tensor [rows, ...]` at these ascending places; all of it as it is."""
+    return tensor if len(places) == len(tensor) else tensor[places]
+
+
+def log_probabilities(logits: torch.Tensor) -> torch.Tensor:
+    """Over the last dimension, in fp32 at least."""
+    return torch.log_softmax(at_least_float32(logits), dim=-1)
 
 
 def at_least_float32(tensor: torch.Tensor) -> torch.Tensor:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from transformers import StoppingCriteriaList
 
-from hf_earlyexit.policies import BATCH_RULES, ExitPoint
+from hf_earlyexit.policies import BATCH_RULES, ExitPoint, Shortlist
 from hf_earlyexit.rows import Rows
 from hf_earlyexit.settings import ExitSettings
 
@@ -25,12 +25,14 @@ class Work:
         layer_rows: Rows x positions that entered each block.
         filled_positions: Debts paid: positions whose keys and values were projected from a parked state.
         head_rows: Rows that met the vocabulary head after each layer.
+        candidate_rows: Rows of the head's weights that were scored besides: rows of the batch x their candidates.
     """
 
     def __init__(self):
         self.layer_rows: Counter[int] = Counter()
         self.filled_positions: Counter[int] = Counter()
         self.head_rows: Counter[int] = Counter()
+        self.candidate_rows: Counter[int] = Counter()
 
 
 @dataclass
@@ -51,6 +53,9 @@ class ExitRun:
         batch_size: Rows, beams and returned sequences counted.
         max_length: Decoder ids at most, prompt and new tokens.
         device: Of the model.
+
+    Attributes:
+        shortlist: The candidates of the rows for the token of this step.
     """
 
     def __init__(
@@ -89,13 +94,15 @@ class ExitRun:
                 self._live = Rows([row for row in self._live if not finished[row]], self.batch_size, self.device)
         self.steps.append(StepRecord([0] * self.batch_size, [float("nan")] * self.batch_size))
         self._has_passed = set()
+        self.shortlist = Shortlist()
         return self._live
 
     def leavers(self, point: ExitPoint) -> list[int]:
-        """The places, among the rows of `point`, of those that leave here. One host transfer."""
+        """The places, among the rows of `point`, of those that leave here. One host transfer, and one more where rows
+        that pass were judged by candidates."""
         confidences = self._confidences(point)
         thresholds = [self._threshold(position) for position in point.positions]
-        passed = [confidence >= threshold for confidence, threshold in zip(confidences, thresholds)]
+        passed = point.confirm([confidence >= threshold for confidence, threshold in zip(confidences, thresholds)])
         self._has_passed.update(row for row, ok in zip(point.rows, passed) if ok)
         leave = self.rule(passed, [row in self._has_passed for row in point.rows])
         leaving = [place for place, leaves in enumerate(leave) if leaves]
@@ -137,12 +144,13 @@ class ExitRun:
         return torch.tensor([step.confidences for step in self.steps]).reshape(-1, self.batch_size).T
 
     def work_by_layer(self) -> dict[str, torch.Tensor]:
-        """The counts as tensors: `layer_rows [L]`, `filled_positions [L]`, `head_rows [L + 1]`."""
+        """The counts as tensors: `layer_rows` and `filled_positions [L]`, `head_rows` and `candidate_rows [L + 1]`."""
         layers = range(1, self.num_layers + 1)
         return {
             "layer_rows": torch.tensor([self.work.layer_rows[layer] for layer in layers]),
             "filled_positions": torch.tensor([self.work.filled_positions[layer] for layer in layers]),
             "head_rows": torch.tensor([self.work.head_rows[layer] for layer in (0, *layers)]),
+            "candidate_rows": torch.tensor([self.work.candidate_rows[layer] for layer in (0, *layers)]),
         }
 
 

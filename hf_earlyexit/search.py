@@ -57,10 +57,16 @@ class Search:
             raise ValueError(f"`shares` must be numbers for {list(PARTS)}, together at most 1, got {self.shares!r}.")
 
     def candidates(self, model: EarlyExitT5ForConditionalGeneration, exits: Mapping[str, Any]) -> list[Candidate]:
-        """All that are tried, checked against the model."""
+        """All that are tried, checked against the model.
+
+        Raises:
+            ValueError: One is not legal, the model lacks what it needs, or a setting of all goes with none of them.
+        """
         curves = self.curves or default_curves(model.early_exit)
         found = [one for curve, thresholds in curves.items() for one in curve_candidates(curve, thresholds, **exits)]
-        check_candidates(found, model.early_exit, model.config.num_decoder_layers)
+        for name in set(exits) - {name for one in found for name in one.keywords}:
+            raise ValueError(f"`{name}={exits[name]!r}` goes with none of the curves {list(curves)}: leave it out.")
+        check_candidates(found, model.early_exit, model.config.num_decoder_layers, model.config.vocab_size)
         return found
 
 

@@ -14,7 +14,7 @@ from transformers import GenerationConfig
 
 from hf_earlyexit.cache import FILLS
 from hf_earlyexit.config import EarlyExitConfig, check_exit_layers, is_integer, is_number
-from hf_earlyexit.policies import BATCH_RULES, CRITERIA, SCHEDULES, ExitCriterion
+from hf_earlyexit.policies import BATCH_RULES, CRITERIA, SCHEDULES, WITH_CANDIDATES, ExitCriterion
 
 
 CERTIFICATE = "exit_certificate"  # in a generation config: the name of the file with the certificate
@@ -32,6 +32,8 @@ class ExitSettings:
             `threshold_at(token, max_new_tokens)`, which then has the threshold in it.
         exit_layer: Where `"fixed"` leaves.
         exit_layers: Of the model's exit points, those that are asked; all of them if None.
+        exit_candidates: With a criterion of `WITH_CANDIDATES`, how many tokens are scored after a token's first exit
+            point; the whole vocabulary if None.
         batch_exit: A name of `BATCH_RULES`.
         fill: `"lazy"` or `"eager"` (see `EarlyExitCache`).
         strict_certificate: Whether a call that the model's certificate does not cover is refused.
@@ -43,6 +45,7 @@ class ExitSettings:
     exit_schedule: Any = "constant"
     exit_layer: int | None = None
     exit_layers: Sequence[int] | None = None
+    exit_candidates: int | None = None
     batch_exit: str = "row"
     fill: str = "lazy"
     strict_certificate: bool = False
@@ -68,7 +71,8 @@ class ExitSettings:
         given = {name: value for name, value in given.items() if value is not None}
         explicit = {**passed, **given}
         if explicit.get("exit_criterion", stored.get("exit_criterion")) != stored.get("exit_criterion"):
-            stored.pop("exit_threshold", None)  # a threshold means nothing to another criterion
+            for name in ("exit_threshold", "exit_candidates"):  # which mean nothing to another criterion
+                stored.pop(name, None)
         values = {**stored, **explicit}
         asked = next((on for on in map(_asks, (given, passed, stored)) if on is not None), False)
         settings = cls(**{**values, "early_exit": asked})
@@ -94,17 +98,24 @@ class ExitSettings:
             raise ValueError(f"`exit_layer` must be an integer from 1 on, got {self.exit_layer!r}.")
         if self.exit_layers is not None:
             check_exit_layers(self.exit_layers)
+        if self.exit_candidates is not None and not (is_integer(self.exit_candidates) and self.exit_candidates >= 2):
+            raise ValueError(
+                f"`exit_candidates` must be an integer from 2 on, got {self.exit_candidates!r}. To score the whole "
+                "vocabulary leave it out."
+            )
 
     def _check_company(self, explicit: dict[str, Any]) -> None:
         """Check what goes with what; `explicit` is what the call itself has set, and its `early_exit=False` lets the
         rest be."""
-        idle = sorted({"exit_layers", "exit_schedule", "batch_exit", "fill"} & set(explicit))
+        idle = sorted({"exit_layers", "exit_candidates", "exit_schedule", "batch_exit", "fill"} & set(explicit))
         if idle and self.exit_criterion is None and explicit.get("early_exit") is not False:
             raise ValueError(f"`{idle[0]}` does nothing without an `exit_criterion`: one of {list(CRITERIA)}.")
         if "exit_layer" in explicit and self.exit_criterion != "fixed":
             raise ValueError(
                 f'`exit_layer={self.exit_layer}` goes with `exit_criterion="fixed"`, not {self.exit_criterion!r}.'
             )
+        if self.exit_candidates is not None and ("exit_candidates" in explicit or self.early_exit):
+            self._check_criterion_has_candidates()
         if "exit_layers" in explicit and self.exit_criterion == "fixed":
             raise ValueError(
                 f'`exit_layers={list(self.exit_layers)}` does not go with `exit_criterion="fixed"`, which asks at its '
@@ -127,14 +138,26 @@ class ExitSettings:
         elif self.exit_threshold is None:
             raise ValueError(f"`exit_criterion={self.exit_criterion!r}` needs an `exit_threshold` in [0, 1].")
 
-    def check_against(self, config: EarlyExitConfig, num_layers: int) -> None:
+    def _check_criterion_has_candidates(self) -> None:
+        if self.exit_criterion not in (None, *WITH_CANDIDATES):
+            raise ValueError(
+                f"`exit_candidates={self.exit_candidates}` goes with an `exit_criterion` that looks at the vocabulary "
+                f"head, one of {list(WITH_CANDIDATES)}, not {self.exit_criterion!r}: leave it out."
+            )
+
+    def check_against(self, config: EarlyExitConfig, num_layers: int, vocabulary: int | None = None) -> None:
         """Check the settings against what is built into the model.
 
         Raises:
-            ValueError: The model has no such exit point, or no trained classifier.
+            ValueError: The model has no such exit point, no trained classifier, or fewer tokens than candidates.
         """
         if not self.early_exit:
             return
+        if vocabulary is not None and (self.exit_candidates or 0) > vocabulary:
+            raise ValueError(
+                f"`exit_candidates={self.exit_candidates}` is more than the vocabulary of this model, {vocabulary}: "
+                "leave it out to score all of it, or name fewer."
+            )
         if self.exit_criterion == "fixed" and self.exit_layer not in (*config.exit_layers, num_layers):
             raise ValueError(
                 f"`exit_layer={self.exit_layer}` is no exit point of this model: it can be left after "
@@ -173,8 +196,9 @@ class ExitSettings:
         """The criterion as an object."""
         if not isinstance(self.exit_criterion, str):
             return self.exit_criterion
-        arguments = (self.exit_layer,) if self.exit_criterion == "fixed" else ()
-        return CRITERIA[self.exit_criterion](*arguments)
+        arguments = {"fixed": {"exit_layer": self.exit_layer}}
+        arguments |= {name: {"candidates": self.exit_candidates} for name in WITH_CANDIDATES}
+        return CRITERIA[self.exit_criterion](**arguments.get(self.exit_criterion, {}))
 
     @property
     def schedule(self):

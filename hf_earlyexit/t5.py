@@ -130,6 +130,13 @@ class T5Decoder:
             live_rows=rows,
         )[0]
 
+    def run_blocks(
+        self, layers: range, hidden: torch.Tensor, rows: Rows, cache: EarlyExitCache
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        for layer in layers:
+            previous, hidden = hidden, self.run_block(layer, hidden, rows, cache)
+        return hidden, previous
+
     def _follow(self, rows: Rows) -> None:
         """Narrow to `rows` what differs between rows."""
         self.view.self_attention_cache.rows = rows
@@ -155,6 +162,11 @@ class T5Decoder:
 
     def lm_head(self, head_input: torch.Tensor) -> torch.Tensor:
         return self.model.lm_head(head_input)
+
+    def lm_head_rows(self, head_input: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        head = self.model.lm_head
+        scores = (nn.functional.embedding(ids, head.weight) @ head_input[:, :, None])[:, :, 0]
+        return scores if head.bias is None else scores + head.bias[ids]
 
     def exit_probability(self, layer: int, hidden: torch.Tensor) -> torch.Tensor:
         return self.model.exit_heads.exit_probability(layer, hidden)

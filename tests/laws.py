@@ -8,6 +8,7 @@ import torch
 
 from hf_earlyexit.policies import SoftmaxResponse, StateSimilarity
 from tests.reference import frozen_row_generate
+from tests.shortlists import exits_by_candidates
 from tests.tiny import ENDS, cut_to, one_row, stock_cache, tiny_inputs, unrest
 from tests.watching import Recording, Scripted, counting, pseudo_random_script
 
@@ -205,6 +206,52 @@ def exits_replayed_follow_frozen_rows(stock, model, inputs, criterion: str, thre
     return output
 
 
+def candidates_follow_frozen_rows(
+    stock, model, inputs, criterion: str, count: int, threshold: float, seed: int = 0, **kwargs
+):
+    """Laws 3, 4 and 8 with candidates: the slow reference, which scores everything of frozen rows' states, lets every
+    row leave where the walk did, with its text, and the heads that were met are those that it needs.
+
+    Returns:
+        The output, and how many rows were sure and not confirmed.
+    """
+    settings = {"exit_criterion": criterion, "exit_candidates": count, "exit_threshold": threshold} | kwargs
+    output = generate(model, inputs, seed, **settings)
+    layers, depth = output.layers_run.tolist(), model.config.num_decoder_layers
+    replay, states = (lambda row, position: layers[row][position] or 1), []
+    norm_of = lambda layer: model.exit_heads.head_of(layer, stock.decoder.final_layer_norm)  # noqa: E731
+    expected, logits = frozen_row_generate(
+        stock, inputs, replay, len(layers[0]), unrest(seed), tuple(ENDS), norm_of, states
+    )
+    assert torch.equal(output.sequences, expected)
+    asked = [*kwargs.get("exit_layers", range(1, depth)), depth]
+    scale = stock.model_dim**-0.5 if stock.config.scale_decoder_outputs else 1.0
+    heads, candidates, refused = [0] * (depth + 1), [0] * (depth + 1), 0
+    for step, mine in enumerate(output.logits):
+        live = [row for row in range(len(layers)) if layers[row][step]]
+        torch.testing.assert_close(mine[live], logits[live, step].float())
+        scores = {layer: stock.lm_head(norm_of(layer)(states[step][layer - 1]) * scale) for layer in asked}
+        found = exits_by_candidates(scores, live, criterion, count, threshold, kwargs.get("batch_exit", "row"))
+        assert found.layers == {row: layers[row][step] for row in live}
+        for layer in asked:
+            heads[layer] += found.heads[layer]
+            candidates[layer] += found.candidates[layer]
+        refused += found.refused
+    assert output.head_rows.tolist() == heads and output.candidate_rows.tolist() == candidates
+    return output, refused
+
+
+def all_candidates_are_the_vocabulary(model, inputs, criterion: str, threshold: float, seed: int = 0, **kwargs):
+    """As many candidates as there are tokens leave where, and say what, the criterion does without."""
+    settings = {"exit_criterion": criterion, "exit_threshold": threshold} | kwargs
+    plain = generate(model, inputs, seed, **settings)
+    output = generate(model, inputs, seed, exit_candidates=model.config.vocab_size, **settings)
+    assert torch.equal(output.sequences, plain.sequences) and torch.equal(output.layers_run, plain.layers_run)
+    torch.testing.assert_close(output.exit_confidences, plain.exit_confidences, equal_nan=True)
+    assert output.candidate_rows.sum() > 0 and not plain.candidate_rows.any()
+    return output
+
+
 def ended_rows_rest(model, inputs, seed: int = 0, **kwargs):
     """A row runs as many steps as it has tokens, its end included, and not one more."""
     output = generate(model, inputs, seed, **kwargs)
@@ -227,7 +274,8 @@ def work_is_what_ran(model, inputs, seed: int = 0, **kwargs):
     paid = [counts["keys"][layer] - counts["block"][layer] for layer in layers]
     assert output.filled_positions.tolist() == paid
     assert int(output.head_rows.sum()) == counts["head"][0] and output.head_rows[0] == 0
-    if kwargs.get("num_beams", 1) == 1:
+    assert int(output.candidate_rows.sum()) == counts["candidates"][0] and output.candidate_rows[0] == 0
+    if kwargs.get("num_beams", 1) == 1 and kwargs.get("exit_candidates") is None:
         left = [int((output.layers_run == layer).sum()) for layer in layers]
         looks = kwargs.get("exit_criterion") in ("softmax", "max_prob", "entropy")
         asked = [*output.layer_rows.tolist()[:-1], left[-1]]

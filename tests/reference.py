@@ -20,12 +20,14 @@ def frozen_row_generate(
     processors: LogitsProcessorList | None = None,
     ends: tuple[int, ...] = (),
     norm_of: Callable[[int], nn.Module] | None = None,
+    states: list[torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Greedy tokens `[batch, 1 + steps]` and the logits `[batch, steps, vocabulary]` they come from.
 
     A row that has left keeps its hidden state through the deeper layers, which make their keys and values of it: what
     projecting the exit state means. Stock blocks, stock cache, nothing of the package. `norm_of` gives the norm in
-    front of the LM head for rows that left after a layer, where that is not the final one.
+    front of the LM head for rows that left after a layer, where that is not the final one. Into `states` go, for each
+    step, the outputs `[layers, batch, hidden]` of all layers.
     """
     norm_of = norm_of or (lambda layer: stock.decoder.final_layer_norm)
     encoder_states = stock.encoder(**inputs).last_hidden_state
@@ -36,11 +38,15 @@ def frozen_row_generate(
     for position in range(max_new_tokens):
         hidden, bias, cross_bias = stock.decoder.embed_tokens(ids[:, -1:]), None, None
         exits = torch.tensor([script(row, position) for row in range(batch_size)])
+        outputs = []
         for layer, block in enumerate(stock.decoder.block, start=1):
             output, bias, cross_bias = block(
                 hidden, None, bias, encoder_states, mask, cross_bias, past_key_values=cache
             )
             hidden = torch.where((exits < layer)[:, None, None], hidden, output)
+            outputs.append(hidden[:, 0])
+        if states is not None:
+            states.append(torch.stack(outputs))
         scale = stock.model_dim**-0.5 if stock.config.scale_decoder_outputs else 1.0
         normed = torch.stack([norm_of(int(layer))(row) for layer, row in zip(exits, hidden[:, 0])])
         logits = stock.lm_head(normed * scale)

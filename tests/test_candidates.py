@@ -34,6 +34,16 @@ def test_names_and_keywords():
     assert one.keywords == {"exit_criterion": "softmax", "exit_threshold": 0.5, "exit_layers": [2, 4]}
 
 
+def test_exit_candidates_are_for_criteria_that_have_them():
+    shared = {"exit_candidates": 8, "batch_exit": "batch"}
+    for curve, has in (("softmax:2", True), ("entropy", True), ("max_prob", True), ("state:2", False)):
+        (one,) = curve_candidates(curve, [0.5], **shared)
+        assert one.keywords.get("exit_candidates") == (8 if has else None) and one.keywords["batch_exit"] == "batch"
+    assert shared["exit_candidates"] == 8
+    with pytest.raises(ValueError, match="`exit_candidates=98` is more than the vocabulary"):
+        check_candidates(curve_candidates("softmax", [0.5], exit_candidates=98), BUILT, 6, 97)
+
+
 def test_curves_go_from_conservative_to_eager():
     found = curve_candidates("softmax", [0.5, 0.95, 1, 0.8, 0.5])
     assert [one.threshold for one in found] == [1, 0.95, 0.8, 0.5], "each once"

@@ -58,6 +58,7 @@ OUTSIDE = [
     ({"exit_threshold": 0.4}, r"exit_threshold=0.4 \(certified: 0.5\)"),
     ({"exit_criterion": "state", "exit_threshold": 0.5}, r"exit_criterion='state' \(certified: 'softmax'\)"),
     ({"exit_layers": [2]}, r"exit_points=\[2\] \(certified: \[2, 4\]\)"),
+    ({"exit_candidates": 8}, r"exit_candidates=8 \(certified: None\)"),
     ({"exit_schedule": "calm"}, r"exit_schedule={'name': 'calm', 'tau': 4.0} \(certified: 'constant'\)"),
     ({"batch_exit": "batch"}, r"batch_exit='batch' \(certified: 'row'\)"),
     ({"max_new_tokens": 7}, r"max_new_tokens=7 \(certified: 6\)"),
@@ -88,6 +89,26 @@ def test_a_warning_comes_once_for_a_place_and_a_message(model):
         for length in (5, 5, 4, 4):
             generate(model, max_new_tokens=length)
     assert [str(one.message).count("max_new_tokens") for one in caught] == [1, 1]
+
+
+def test_candidates_are_certified_with_their_number(tmp_path):
+    _, model = tiny_pair("tied", 1, torch.float32)
+    model.certify(certificate_for(model, SETTING | {"exit_candidates": 8}, **DECODING))
+    assert model.generation_config.exit_candidates == 8
+    quiet(model, strict_certificate=True)
+    with pytest.warns(CertificateWarning, match=r"exit_candidates=4 \(certified: 8\)"):
+        generate(model, exit_candidates=4)
+    model.save_pretrained(tmp_path)
+    quiet(EarlyExitT5ForConditionalGeneration.from_pretrained(tmp_path).eval(), strict_certificate=True)
+
+
+def test_certificates_of_before_there_were_candidates_are_of_none(model):
+    known = {name: value for name, value in model.exit_certificate.generation.items() if name != "exit_candidates"}
+    assert len(known) == len(model.exit_certificate.generation) - 1
+    model.exit_certificate = replace(model.exit_certificate, generation=known)
+    quiet(model, strict_certificate=True)
+    with pytest.warns(CertificateWarning, match=r"exit_candidates=8 \(certified: None\)"):
+        generate(model, exit_candidates=8)
 
 
 def test_rows_that_wait_for_each_other_are_certified_with_their_number():

@@ -70,6 +70,18 @@ def test_demo_counts_what_a_direct_call_counts(demo_text, direct):
     assert numbers_behind("vocabulary heads run", demo_text)[:2] == [heads, full_heads]
 
 
+def test_demo_counts_what_is_scored_for_candidates(demo_text, monkeypatch, capsys):
+    monkeypatch.setattr(demo, "REPETITIONS", 1)
+    settings = {**EXITS, "exit_candidates": 8}
+    model, tokenizer = load_default()
+    batch = tokenizer(default_inputs(), return_tensors="pt", padding=True)
+    early = model.generate(**batch, **settings, max_new_tokens=4, return_dict_in_generate=True)
+    assert main(["demo", *EXIT_FLAGS, "--exit-candidates", "8", "--max-new-tokens", "4"]) == 0
+    name = "single tokens of the vocabulary scored besides"
+    assert numbers_behind(name, capsys.readouterr().out)[:2] == [int(early.candidate_rows.sum()), 0]
+    assert early.candidate_rows.any() and name not in demo_text
+
+
 def test_demo_counts_the_tokens_of_each_layer(demo_text, direct):
     layers_run = direct[2].layers_run
     for layer in EXITS["exit_layers"]:

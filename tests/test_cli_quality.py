@@ -147,6 +147,10 @@ def test_unseen_inputs_are_those_of_the_report_part(certified, tmp_path):
         (["calibrate", "--target", "0.1", "--file", "rows.csv", "--output-dir", "x"], "rows repeat an input"),
         (["calibrate", "--target", "0.1", "--file", "rows.txt", "--output-dir", "x"], "must end in one of"),
         (["calibrate", "--target", "0.1", "--batch-exit", "rows", "--output-dir", "x"], "`batch_exit` must be one of"),
+        (
+            ["calibrate", "--target", "0.1", "--exit-candidates", "9000", "--output-dir", "x"],
+            "`exit_candidates=9000` is more than the vocabulary of this model, 8000",
+        ),
         (["verify-certificate"], "has no certificate: make one with"),
         (["evaluate", "--output", "no/where.json"], "--output: there is no folder"),
         (["evaluate", "--output", "x", "--journal", "no/where"], "--journal: there is no folder"),

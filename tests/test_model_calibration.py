@@ -252,6 +252,19 @@ def test_what_certifies_nothing_falls_back_to_full_depth(shipped, examples, crit
         loaded.generate(**batch, exit_criterion="softmax", exit_threshold=0.9, strict_certificate=True)
 
 
+def test_candidates_are_part_of_the_use(shipped, examples):
+    use = replace(USE, exits={"exit_candidates": 16})
+    search = replace(SEARCH, curves={"softmax:2,4,6": [0.5], "state:4": [0.99]})
+    found = calibrate_model(*shipped, examples, LAX, use, search)
+    by_curve = {one.curve: one.keywords.get("exit_candidates") for one in found.tables["select"].candidates}
+    assert by_curve == {"softmax:2,4,6": 16, "state:4": None}
+    certificate = found.certificate
+    assert certificate.certified
+    assert certificate.generation["exit_candidates"] == certificate.setting.get("exit_candidates")
+    with pytest.raises(ValueError, match="`exit_candidates=16` goes with none of the curves \\['state'\\]: leave"):
+        calibrate_model(*shipped, examples, LAX, use, replace(SEARCH, curves={"state": [0.9]}))
+
+
 @pytest.mark.parametrize("rule", ["batch", "batch_joint"])
 def test_fallback_under_the_rules_of_batches(shipped, examples, rule):
     use = Use(batch_size=2, exits={"batch_exit": rule}, generation=DECODING)

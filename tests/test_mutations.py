@@ -10,7 +10,7 @@ import functools
 import pytest
 import torch
 
-from hf_earlyexit import attention, cache, generation, layers, run, t5
+from hf_earlyexit import attention, cache, generation, layers, policies, run, t5
 from hf_earlyexit.rows import Rows
 from tests import laws
 from tests.tiny import NUM_LAYERS, tiny_inputs, tiny_pair
@@ -81,6 +81,12 @@ def work(family="untied"):
     _, model = tiny_pair(family, 0)
     laws.work_is_what_ran(model, tiny_inputs(4), exit_criterion="softmax", exit_threshold=0.1)
     laws.work_is_what_ran(model, tiny_inputs(4), exit_criterion="state", exit_threshold=0.8)
+
+
+def candidates(family="tied"):
+    stock, model = tiny_pair(family, 2)
+    for rule in ("row", "batch"):
+        laws.candidates_follow_frozen_rows(stock, model, tiny_inputs(7, 2), "softmax", 4, 0.3, 2, batch_exit=rule)
 
 
 # --- the mutations --------------------------------------------------------------------------------------------------
@@ -221,11 +227,10 @@ def mixes_up_the_logits(gather_logits):
 
 @swapped(layers, "depart")
 def reuses_another_tokens_logits(depart):
-    def mutant(point, rows, leaving):
-        departure = depart(point, rows, leaving)
+    def flipped(departure):
         return departure if departure.logits is None else departure._replace(logits=departure.logits.flip(-1))
 
-    return mutant
+    return lambda point, rows, leaving: [flipped(departure) for departure in depart(point, rows, leaving)]
 
 
 @swapped(Cache, "reorder_cache")
@@ -274,6 +279,63 @@ def projects_twice(project):
     return mutant
 
 
+@swapped(policies.ExitPoint, "confirm")
+def believes_candidates(confirm):
+    return lambda self, passed: passed
+
+
+@swapped(policies.ExitPoint, "confirm")
+def confirms_whoever_passes(confirm):
+    """The full head is evaluated and nobody looks at what it says."""
+    return lambda self, passed: confirm(self, passed) and passed
+
+
+@swapped(policies.ExitPoint, "known_logits")
+def forgets_what_confirmed(known_logits):
+    return lambda self, places: [(places, None)]
+
+
+@swapped(policies.ExitPoint, "known_logits")
+def hands_out_another_rows_confirmation(known_logits):
+    rolled = lambda logits: logits if logits is None else logits.roll(1, 0)  # noqa: E731
+    return lambda self, places: [(known, rolled(logits)) for known, logits in known_logits(self, places)]
+
+
+@swapped(policies.Shortlist, "of")
+def scores_another_rows_candidates(of):
+    def mutant(self, rows, count):
+        ids = of(self, rows, count)
+        return ids if ids is None else ids.roll(1, 0)
+
+    return mutant
+
+
+@swapped(policies.Shortlist, "of")
+def keeps_the_first_rows_candidates(of):
+    """Who goes on is given the list by its place among them, not by its row."""
+
+    def mutant(self, rows, count):
+        ids = of(self, self._chosen[count][0], count) if count in self._chosen else None
+        return ids if ids is None else ids[: len(rows)]
+
+    return mutant
+
+
+@swapped(Run, "begin_step")
+def keeps_the_candidates_of_the_step_before(begin_step):
+    def mutant(self, length):
+        kept, live = getattr(self, "shortlist", None), begin_step(self, length)
+        self.shortlist = kept or self.shortlist
+        return live
+
+    return mutant
+
+
+@swapped(Decoder, "lm_head_rows")
+def scores_candidates_without_the_scale(lm_head_rows):
+    return lambda self, head_input, ids: lm_head_rows(self, head_input, ids) * self.model.model_dim**0.5
+
+
 MUTATIONS = [
     (parks_at_the_wrong_position, frozen_rows),
     (parks_another_rows_state, rows_alone),
@@ -293,6 +355,14 @@ MUTATIONS = [
     (lets_ended_rows_run, ended_rows_rest),
     (mixes_up_the_logits, rows_alone),
     (reuses_another_tokens_logits, criteria_frozen_rows),
+    (believes_candidates, candidates),
+    (confirms_whoever_passes, candidates),
+    (forgets_what_confirmed, candidates),
+    (hands_out_another_rows_confirmation, candidates),
+    (scores_another_rows_candidates, candidates),
+    (keeps_the_first_rows_candidates, candidates),
+    (keeps_the_candidates_of_the_step_before, candidates),
+    (scores_candidates_without_the_scale, candidates),
     (does_not_reorder, never_with_beams),
     (reorders_without_the_parked_states, beams_lazy_and_eager),
     (reorders_without_the_debts, beams_lazy_and_eager),
@@ -307,6 +377,7 @@ LAWS = (
     rows_alone,
     frozen_rows,
     criteria_frozen_rows,
+    candidates,
     beams_alone,
     beams_lazy_and_eager,
     ended_rows_rest,

@@ -46,6 +46,23 @@ BAD_ARGUMENTS = [
         {"exit_criterion": "fixed", "exit_layer": 2, "exit_layers": [2]},
         "`exit_layers=\\[2\\]` does not go with .*fixed",
     ),
+    (ON | {"exit_candidates": 1}, "`exit_candidates` must be an integer from 2 on, got 1.*leave it out"),
+    (ON | {"exit_candidates": 4.0}, "`exit_candidates` must be an integer from 2 on, got 4.0"),
+    (ON | {"exit_candidates": True}, "`exit_candidates` must be an integer from 2 on, got True"),
+    (ON | {"exit_candidates": 98}, "`exit_candidates=98` is more than the vocabulary of this model, 97: .*name fewer"),
+    (
+        {"exit_criterion": "state", "exit_threshold": 0.5, "exit_candidates": 8},
+        "`exit_candidates=8` goes with .*vocabulary head, one of \\['softmax', 'max_prob', 'entropy'\\], not 'state'",
+    ),
+    (
+        {"exit_criterion": "fixed", "exit_layer": 2, "exit_candidates": 8},
+        "`exit_candidates=8` goes with .*not 'fixed': leave it out",
+    ),
+    (
+        {"exit_criterion": SoftmaxResponse(), "exit_threshold": 0.5, "exit_candidates": 8},
+        "`exit_candidates=8` goes with .*not SoftmaxResponse",
+    ),
+    ({"exit_candidates": 8}, "`exit_candidates` does nothing without an `exit_criterion`"),
     (ON | {"batch_exit": "rows"}, "`batch_exit` must be one of .*'row'.*got 'rows'"),
     (ON | {"fill": "late"}, "`fill` must be one of .*'lazy'.*got 'late'"),
     (ON | {"exit_schedule": "decay"}, "`exit_schedule` must be one of .*'calm'.*got 'decay'"),
@@ -55,7 +72,7 @@ BAD_ARGUMENTS = [
     ({"exit_criterion": "classifier", "exit_threshold": 0.5}, "has no exit classifiers"),
     (ON | {"use_cache": False}, "`use_cache=False`"),
     (ON | {"past_key_values": EncoderDecoderCache(DynamicCache(), DynamicCache())}, "`past_key_values` of type Enc"),
-    (ON | {"cache_implementation": "static"}, "`cache_implementation='static'`"),
+    (ON | {"cache_implementation": "offloaded_static"}, "`cache_implementation='offloaded_static'`: use .static"),
     (ON | {"cache_implementation": "offloaded"}, "`cache_implementation='offloaded'`"),
     (ON | {"cache_implementation": "paged"}, "paged"),
     (ON | {"output_attentions": True, "return_dict_in_generate": True}, "`output_attentions=True`"),
@@ -70,7 +87,7 @@ BAD_ARGUMENTS = [
     (ON | {"is_assistant": True}, "being the assistant of another model"),
     (ON | {"exit_treshold": 0.5}, "exit_treshold"),
     (ON | {"exit_schedule": {"name": "calm", "tau": float("nan")}}, "`tau` .*must be a number from 0 on, got nan"),
-    (ON | {"compile_config": CompileConfig()}, "`compile_config`"),
+    (ON | {"compile_config": CompileConfig()}, "`compile_config` alone: add `cache_implementation"),
     (ON | {"negative_prompt_ids": torch.ones(2, 3)}, "`negative_prompt_ids`"),
     (ON | {"decoder_inputs_embeds": torch.ones(2, 1, 32)}, "`decoder_inputs_embeds`: pass `decoder_input_ids`"),
 ]
@@ -194,7 +211,7 @@ def test_what_early_exit_refuses_works_at_full_depth_as_in_stock():
     inputs = tiny_inputs(1)
     for extra in (
         {"use_cache": False},
-        {"cache_implementation": "static"},
+        {"cache_implementation": "static", "disable_compile": True},
         {"prompt_lookup_num_tokens": 2},
         {"output_hidden_states": True, "return_dict_in_generate": True},
         {"past_key_values": EncoderDecoderCache(*(StaticCache(model.config, max_cache_len=n) for n in (9, 11)))},

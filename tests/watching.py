@@ -6,10 +6,12 @@ from collections import Counter
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from unittest import mock
 
 import torch
 
 from hf_earlyexit import ExitPoint
+from hf_earlyexit.run import ExitRun
 
 
 @dataclass(frozen=True)
@@ -51,8 +53,12 @@ def threshold_for(model, inputs, criterion, quantile: float = 0.6, **kwargs) -> 
 
 @contextmanager
 def counting(model):
-    """Counts, with hooks on the modules themselves, the rows x positions that run: by block, K projection and head."""
-    counts = {"block": Counter(), "keys": Counter(), "head": Counter()}
+    """Counts, with hooks on the modules themselves, the rows x positions that run: by block, K projection and head.
+
+    Rows of the head's weights that are scored for candidates run through no module and are counted at the adapter.
+    """
+    counts = {"block": Counter(), "keys": Counter(), "head": Counter(), "candidates": Counter()}
+    score_some = model.decoder_adapter.lm_head_rows
 
     def count(kind: str, name):
         def hook(module, args, output):
@@ -61,12 +67,37 @@ def counting(model):
 
         return hook
 
+    def counted(decoder, head_input, ids):
+        counts["candidates"][0] += ids.numel()
+        return score_some(decoder, head_input, ids)
+
     hooks = [model.lm_head.register_forward_hook(count("head", 0))]
     for layer, block in enumerate(model.decoder.block, start=1):
         hooks.append(block.register_forward_hook(count("block", layer)))
         hooks.append(block.layer[0].SelfAttention.k.register_forward_hook(count("keys", layer)))
     try:
-        yield counts
+        with mock.patch.object(model.decoder_adapter, "lm_head_rows", counted):
+            yield counts
     finally:
         for hook in hooks:
             hook.remove()
+
+
+@contextmanager
+def watched_departures(model, candidates: int):
+    """Of every row that leaves at an exit point its layer, the best of its candidates there, chosen anew from what it
+    said where it was first asked in the step, and the best token of the whole vocabulary."""
+    departures, chosen, leavers = [], {}, ExitRun.leavers
+
+    def watched(run: ExitRun, point: ExitPoint) -> list[int]:
+        leaving = leavers(run, point)
+        logits = model.lm_head(model.exit_head_input(point.layer, point.hidden))
+        first = chosen.setdefault(len(run.steps), dict(zip(point.rows, logits.topk(candidates).indices)))
+        for place in leaving:
+            ids = first[point.rows[place]]
+            best, says = ids[logits[place, ids].argmax()], logits[place].argmax()
+            departures.append((point.layer, int(best), int(says)))
+        return leaving
+
+    with mock.patch.object(ExitRun, "leavers", watched):
+        yield departures

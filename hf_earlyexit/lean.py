@@ -1,0 +1,74 @@
+"""Answers for the loop from token to token: greedy search and sampling with nothing in it that a token does not need.
+
+The library's loop prepares inputs, wraps outputs and builds masks for every token; here the walk is called directly.
+Tokens, scores, the random stream, processors, criteria and streamers are the library's. It knows no model: logits come
+from `decode_step`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
+from transformers.generation import GenerateEncoderDecoderOutput
+
+from hf_earlyexit.cache import EarlyExitCache
+from hf_earlyexit.layers import Decoder, decode_step
+from hf_earlyexit.run import ExitRun
+
+
+def generate_tokens(
+    input_ids: torch.Tensor,
+    logits_processor: LogitsProcessorList,
+    stopping_criteria: StoppingCriteriaList,
+    generation_config: GenerationConfig,
+    decoder: Decoder,
+    cache: EarlyExitCache,
+    run: ExitRun,
+    streamer: Any = None,
+) -> torch.Tensor | GenerateEncoderDecoderOutput:
+    """Tokens until every row has ended.
+
+    Args:
+        input_ids: `[batch, prompt]`, what the decoder starts with.
+        generation_config: As prepared by the library: `do_sample`, what to return, the pad token.
+
+    Returns:
+        `[batch, prompt + new]`, or with `return_dict_in_generate` what the library returns.
+    """
+    wanted = generation_config.return_dict_in_generate
+    scores = () if wanted and generation_config.output_scores else None
+    logits = () if wanted and generation_config.output_logits else None
+    pads_ended = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
+    ended = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+    new_ids = ids = input_ids
+    while True:
+        token_logits = decode_step(decoder, new_ids, cache, run)[:, -1].to(torch.float32, copy=True)
+        token_scores = logits_processor(ids, token_logits)
+        if scores is not None:
+            scores += (token_scores,)
+        if logits is not None:
+            logits += (token_logits,)
+        tokens = choose(token_scores, generation_config.do_sample)
+        if pads_ended:
+            tokens = tokens.where(ended.logical_not(), generation_config._pad_token_tensor.to(tokens.device))
+        new_ids = tokens[:, None]
+        ids = torch.cat([ids, new_ids], dim=-1)
+        if streamer is not None:
+            streamer.put(tokens.cpu())
+        ended = ended | stopping_criteria(ids, scores)
+        if bool(ended.all()):
+            break
+    if streamer is not None:
+        streamer.end()
+    if not wanted:
+        return ids
+    return GenerateEncoderDecoderOutput(sequences=ids, scores=scores, logits=logits, past_key_values=cache)
+
+
+def choose(scores: torch.Tensor, do_sample: bool) -> torch.Tensor:
+    """`[batch]`, a token for every row of `scores [batch, vocabulary]`; all rows draw, as in the library."""
+    if do_sample:
+        return torch.multinomial(torch.softmax(scores, dim=-1), num_samples=1).squeeze(1)
+    return scores.argmax(dim=-1)

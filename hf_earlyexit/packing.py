@@ -1,0 +1,54 @@
+"""Answers for the product of a few rows with a weight that is laid out for it.
+
+A decoding step multiplies a handful of rows with every weight, so it is bound by reading weights. `nn.Linear` on a CPU
+reads them at a third to a half of what the memory gives when there are 1 to 16 rows; oneDNN's packed layout reads them
+at two thirds and more. Knows nothing of models.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.nn.functional import linear, pad
+
+
+# Fewer rows than that are filled up: oneDNN's kernel for 4 rows takes less time than the one for 1. Measured on one
+# thread of an AMD EPYC, fp32, 512 x 2048: `nn.Linear` 437 us with 1 row and 589 us with 8; packed 320 us with 1 row,
+# 227 us with 4 and 305 us with 8.
+ROW_TILE = 4
+
+
+def packs(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether weights of this kind have a packed layout here; others are multiplied as they are."""
+    if device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        return False
+    if not hasattr(torch.ops.mkldnn, "_reorder_linear_weight"):
+        return False
+    return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+class PackedLinear:
+    """A linear map without bias, `[rows, in] -> [rows, out]`.
+
+    Packed, what it makes of a row does not depend on the other rows, not even in rounding, so texts of a batch are
+    rounded as they are alone.
+
+    Args:
+        weight: `[out, in]`. Kept as it is where nothing packs it.
+    """
+
+    def __init__(self, weight: torch.Tensor):
+        weight = weight.detach()
+        self.out_features = weight.shape[0]
+        self.is_packed = packs(weight.dtype, weight.device)
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight, ROW_TILE) if self.is_packed else weight
+
+    def __call__(self, rows: torch.Tensor) -> torch.Tensor:
+        if not self.is_packed:
+            return linear(rows, self.weight)
+        return torch.ops.mkldnn._linear_pointwise(rows, self.weight, None, "none", [], "")
+
+
+def at_least_a_tile(rows: torch.Tensor) -> torch.Tensor:
+    """`rows [rows, width]`, with rows of zeros behind them if they are fewer than a tile."""
+    missing = ROW_TILE - len(rows)
+    return pad(rows, (0, 0, 0, missing)) if missing > 0 else rows

@@ -1,0 +1,193 @@
+"""Answers for a T5 decoder layer in few operations, on weights that were prepared for decoding.
+
+A prepared copy of the decoder's weights has projections of the same input fused and is laid out for a few rows
+(`packing.py`). What a layer computes is what the stock block computes in eval mode, rounded differently. Everything
+else is `T5Decoder`'s.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterator
+from functools import partial
+
+import torch
+from torch import nn
+from torch.nn.functional import gelu
+from transformers.activations import NewGELUActivation
+
+from hf_earlyexit.attention import attend, sdpa
+from hf_earlyexit.cache import EarlyExitCache
+from hf_earlyexit.packing import PackedLinear, at_least_a_tile
+from hf_earlyexit.policies import at_least_float32
+from hf_earlyexit.rows import Rows
+from hf_earlyexit.t5 import T5Decoder
+
+
+class PreparedLayer:
+    """One decoder layer's weights."""
+
+    def __init__(self, block: nn.Module):
+        attention, cross, feed = block.layer[0].SelfAttention, block.layer[1].EncDecAttention, block.layer[2]
+        dense = feed.DenseReluDense
+        self.norm, self.cross_norm, self.feed_norm = (Norm(part.layer_norm) for part in block.layer)
+        self.query = packed(attention.q)
+        self.keys_values = packed(attention.k, attention.v)
+        self.output = packed(attention.o)
+        self.cross_query, self.cross_output = packed(cross.q), packed(cross.o)
+        self.is_gated = hasattr(dense, "wi_0")
+        self.feed_in = packed(dense.wi_0, dense.wi_1) if self.is_gated else packed(dense.wi)
+        self.feed_out = packed(dense.wo)
+        self.activation = faster(dense.act)
+
+
+class Norm:
+    """A root-mean-square norm in four operations."""
+
+    def __init__(self, norm: nn.Module):
+        width = norm.weight.shape[0]
+        # |x| and the square root of width x epsilon are the legs of a triangle whose third side is what the norm
+        # divides by, but for the square root of the width, which is in the scale.
+        epsilon = norm.variance_epsilon if hasattr(norm, "variance_epsilon") else norm.eps  # apex calls it `eps`
+        self.floor = at_least_float32(norm.weight.new_tensor((width * epsilon) ** 0.5))
+        self.scale = at_least_float32(norm.weight.detach()) * width**0.5
+
+    def __call__(self, states: torch.Tensor) -> torch.Tensor:
+        """`[rows, hidden]`, in the dtype of `states`."""
+        wide = at_least_float32(states)
+        length = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+        return (wide / torch.hypot(length, self.floor) * self.scale).to(states.dtype)
+
+
+class PreparedT5:
+    """A copy of a T5 decoder's weights for decoding. Does not change with the model.
+
+    Args:
+        model: An `EarlyExitT5ForConditionalGeneration`.
+
+    Raises:
+        ValueError: A part of the decoder is not the library's plain one (LoRA, quantised, hooked), or is in fp16.
+    """
+
+    def __init__(self, model: nn.Module):
+        refuse_unless_plain(model)
+        with torch.no_grad():
+            self.layers = [PreparedLayer(block) for block in model.decoder.block]
+            self.lm_head = packed(model.lm_head)
+        self.compiled: dict[Hashable, Callable] = {}
+
+
+class PreparedT5Decoder(T5Decoder):
+    """The adapter of T5 on a prepared copy; see `T5Decoder` for the arguments."""
+
+    def __init__(self, prepared: PreparedT5, *args):
+        super().__init__(*args)
+        self.prepared = prepared
+        # No mask at all is faster than one that shuts out nothing.
+        self.pads_source = self.cross_mask.shape[0] > 1
+
+    def run_block(self, layer: int, hidden: torch.Tensor, rows: Rows, cache: EarlyExitCache) -> torch.Tensor:
+        cache.fill_cross(layer, rows, self.project_source)
+        if rows is not self.view.self_attention_cache.rows:
+            self._follow(rows)
+        states = at_least_a_tile(hidden.flatten(0, 1))
+        states = self.self_attention(layer, states, rows, cache)
+        states = self.cross_attention(layer, states, rows, cache)
+        states = self.feed_forward(layer, states)
+        return states[: hidden.shape[:-1].numel()].view(hidden.shape)
+
+    def self_attention(self, layer: int, states: torch.Tensor, rows: Rows, cache: EarlyExitCache) -> torch.Tensor:
+        """`states [rows x length, hidden]` with what self-attention adds; writes the rows' keys and values."""
+        weights = self.prepared.layers[layer - 1]
+        normed = weights.norm(states)
+        query = self._by_head(weights.query(normed), rows)
+        keys, values = weights.keys_values(normed).chunk(2, dim=-1)
+        cache.write(layer, rows, self._by_head(keys, rows), self._by_head(values, rows))
+        keys, values = cache.view(layer, rows, self.view.self_attention_cache.length)
+        return states + weights.output(self._attend(query, keys, values, rows, self.row_self_bias))
+
+    def cross_attention(self, layer: int, states: torch.Tensor, rows: Rows, cache: EarlyExitCache) -> torch.Tensor:
+        """`states [rows x length, hidden]` with what attention to the source adds."""
+        weights = self.prepared.layers[layer - 1]
+        query = self._by_head(weights.cross_query(weights.cross_norm(states)), rows)
+        mask = self.row_cross_mask if self.pads_source else None
+        return states + weights.cross_output(self._attend(query, *cache.cross_view(layer, rows), rows, mask))
+
+    def feed_forward(self, layer: int, states: torch.Tensor) -> torch.Tensor:
+        """`states [rows x length, hidden]` with what the feed-forward part adds."""
+        weights = self.prepared.layers[layer - 1]
+        inner = weights.feed_in(weights.feed_norm(states))
+        if weights.is_gated:
+            gate, inner = inner.chunk(2, dim=-1)
+            inner = weights.activation(gate) * inner
+        else:
+            inner = weights.activation(inner)
+        return states + weights.feed_out(inner)
+
+    def _by_head(self, projected: torch.Tensor, rows: Rows) -> torch.Tensor:
+        """`[rows, heads, length, head]` of `projected [rows x length at least, heads x head]`."""
+        length = self.new_positions
+        heads = projected[: len(rows) * length].view(len(rows), length, -1, self.head_dim)
+        return heads.transpose(1, 2)
+
+    def _attend(self, query, keys, values, rows: Rows, bias: torch.Tensor | None) -> torch.Tensor:
+        """`[rows x length at least, heads x head]`."""
+        context = attend(sdpa, None, query, keys, values, rows, bias, scaling=1.0)
+        return at_least_a_tile(context.reshape(len(rows) * self.new_positions, -1))
+
+    def begin_step(self, rows: Rows, cache: EarlyExitCache, length: int) -> None:
+        self.new_positions, self.head_dim = length, cache.head_dim
+        super().begin_step(rows, cache, length)
+
+    def project(self, layer: int, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        weights = self.prepared.layers[layer - 1]
+        keys, values = weights.keys_values(weights.norm(at_least_a_tile(states)))[: len(states)].chunk(2, dim=-1)
+        shape = (len(states), -1, self.head_dim)
+        return keys.view(shape), values.view(shape)
+
+    def lm_head(self, head_input: torch.Tensor) -> torch.Tensor:
+        return self.prepared.lm_head(at_least_a_tile(head_input))[: len(head_input)]
+
+
+def packed(*maps: nn.Linear) -> PackedLinear:
+    """The maps, of the same input, as one."""
+    return PackedLinear(torch.cat([one.weight for one in maps]) if len(maps) > 1 else maps[0].weight)
+
+
+def faster(activation: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The same function in one operation where the library has it in many."""
+    return partial(gelu, approximate="tanh") if type(activation) is NewGELUActivation else activation
+
+
+# --- what can be prepared -------------------------------------------------------------------------------------------
+
+
+def refuse_unless_plain(model: nn.Module) -> None:
+    """See that a copy of the weights would say what the decoder's modules say.
+
+    Raises:
+        ValueError: It would not; the message names the module.
+    """
+    for name, module in (("lm_head", model.lm_head), *_maps_of(model)):
+        if type(module) is not nn.Linear or module.bias is not None:
+            raise ValueError(
+                f"`prepare_for_generation` needs the plain linear maps of T5, but `{name}` is a "
+                f"`{type(module).__name__}`: merge adapters (`merge_and_unload`) or load unquantised weights first."
+            )
+    for name, module in model.decoder.named_modules():
+        if module._forward_hooks or module._forward_pre_hooks or hasattr(module, "_hf_hook"):
+            raise ValueError(f"`prepare_for_generation` would not call the hooks of `decoder.{name}`: remove them.")
+    if model.lm_head.weight.dtype == torch.float16:
+        raise ValueError(
+            "`prepare_for_generation` does not work in fp16, where T5 keeps parts in fp32: use `torch.bfloat16`."
+        )
+
+
+def _maps_of(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The linear maps of the decoder, by name, whatever stands in their place."""
+    for number, block in enumerate(model.decoder.block):
+        for kind, part in enumerate(block.layer):
+            for child_name, child in part.named_children():
+                if child_name in ("SelfAttention", "EncDecAttention", "DenseReluDense"):
+                    for name in ("q", "k", "v", "o", "wi", "wi_0", "wi_1", "wo"):
+                        if hasattr(child, name):
+                            yield f"decoder.block.{number}.layer.{kind}.{child_name}.{name}", getattr(child, name)

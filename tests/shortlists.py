@@ -1,0 +1,61 @@
+"""Where tokens leave that are judged by candidates, worked out slowly from the scores of every layer."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from dataclasses import dataclass, field
+
+import torch
+
+
+SURE = {
+    "softmax": lambda probabilities: probabilities.topk(2).values @ probabilities.new_tensor([1.0, -1.0]),
+    "max_prob": lambda probabilities: probabilities.max(),
+    "entropy": lambda probabilities: 1 - torch.special.entr(probabilities).sum() / math.log(len(probabilities)),
+}
+
+
+@dataclass
+class Exits:
+    """One step: the layer each row leaves at, what was scored by layer, and how many sure rows were not confirmed."""
+
+    layers: dict[int, int] = field(default_factory=dict)
+    heads: Counter = field(default_factory=Counter)
+    candidates: Counter = field(default_factory=Counter)
+    refused: int = 0
+
+
+def exits_by_candidates(
+    scores: dict[int, torch.Tensor], rows: list[int], criterion: str, count: int, threshold: float, rule: str = "row"
+) -> Exits:
+    """What one step does.
+
+    Args:
+        scores: `[batch, vocabulary]` of each layer that is asked, and of the last one, ascending.
+        rows: Those that live.
+        criterion, count, threshold, rule: As of `generate`.
+    """
+    found, (first, *_), last = Exits(), scores, max(scores)
+    candidates = {row: scores[first][row].topk(count).indices for row in rows}
+    staying, latched = list(rows), set()
+    for layer in [layer for layer in scores if layer != last]:
+        known, passed = set(), []
+        for row in staying:
+            full = scores[layer][row]
+            seen = full if layer == first else full[candidates[row]]
+            sure = bool(SURE[criterion](seen.softmax(dim=-1)) >= threshold)
+            known |= {row} if layer == first or sure else set()
+            found.candidates[layer] += 0 if layer == first else count
+            confirmed = layer == first or bool(candidates[row][seen.argmax()] == full.argmax())
+            found.refused += sure and not confirmed
+            passed += [row] if sure and confirmed else []
+        latched |= set(passed)
+        everyone = {"row": None, "batch": latched, "batch_joint": set(passed)}[rule]
+        leaving = passed if everyone is None else staying if set(staying) <= everyone else []
+        found.heads[layer] += len(known | set(leaving))  # who leaves with others without being sure needs its logits
+        found.layers |= dict.fromkeys(leaving, layer)
+        staying = [row for row in staying if row not in leaving]
+    found.heads[last] += len(staying)
+    found.layers |= dict.fromkeys(staying, last)
+    return found
