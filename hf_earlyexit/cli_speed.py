@@ -9,21 +9,17 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_earlyexit import terminal
+from hf_earlyexit import speed_tables
 from hf_earlyexit.cli_arguments import Verb, check_device, check_file, positive
 
 
 if TYPE_CHECKING:
-    from hf_earlyexit.machine_rates import MachineRates
     from hf_earlyexit.recorded_exits import RecordedExits
-    from hf_earlyexit.roofline import PartTime, Roofline
     from hf_earlyexit.time_model import TimeModel
-    from hf_earlyexit.tuning import Choice, Tuning
 
 
 SHAPE = {"layers": 12, "d_model": 768, "d_ff": None, "vocabulary": 32128}
 HEAD_WIDTH = 64
-SHOWN = 10  # sets of exit points in the table
 ROOFLINE = """\
 Where a decoder's time goes, per token: bytes and FLOPs of each part, the least time that this machine could take for
 them, and the time it takes. Tokens leave where recorded ones left (--exits), all at one layer (--depth), or run all
@@ -45,8 +41,6 @@ they could: in truth a token that leaves later changes those after it, so measur
 TUNE_EXAMPLE = """\
 example:
   hf-earlyexit tune --batch 8
-  hf-earlyexit generate --model my-exits --input-file inputs.txt --exit-criterion softmax --exit-threshold 0.9 \\
-      --output-file outputs.jsonl
   hf-earlyexit tune my-exits --exits outputs.jsonl --criterion softmax --json-out tuning.json
 """
 
@@ -67,6 +61,7 @@ def add_speed_arguments(parser: argparse.ArgumentParser) -> None:
     machine.add_argument("--threads", type=positive, default=1, metavar="N", help="of torch (1)")
     machine.add_argument("--device", default="cpu", help="as for torch: cpu, cuda, cuda:1 (cpu)")
     machine.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="(float32)")
+    machine.add_argument("--prepared", action="store_true", help="on weights prepared for generation (the library's)")
     machine.add_argument("--rounds", type=positive, default=5, metavar="N", help="how often all is timed (5)")
     machine.add_argument("--json-out", metavar="FILE", help="where to write everything as JSON (nowhere)")
 
@@ -83,7 +78,7 @@ def check_speed_arguments(arguments: argparse.Namespace) -> None:
 
 
 def load_model(arguments: argparse.Namespace):
-    """The model that was named, in eval mode."""
+    """The model that was named, in eval mode, its weights prepared if that was asked for."""
     import torch
 
     from hf_earlyexit.cli_arguments import model_path
@@ -91,7 +86,12 @@ def load_model(arguments: argparse.Namespace):
 
     dtype = getattr(torch, arguments.dtype)
     model = EarlyExitT5ForConditionalGeneration.from_pretrained(model_path(arguments), dtype=dtype)
-    return model.to(arguments.device).eval()
+    return prepared_if_asked(arguments, model.to(arguments.device).eval())
+
+
+def prepared_if_asked(arguments: argparse.Namespace, model):
+    """The model, with a copy of its weights that decoding is faster with if that was asked for."""
+    return model.prepare_for_generation() if arguments.prepared else model
 
 
 def check_criterion(criterion: str | None, model) -> None:
@@ -110,10 +110,8 @@ def measured_on(arguments: argparse.Namespace) -> dict[str, Any]:
     """What times depend on."""
     from hf_earlyexit.machine import cpu_model, load
 
-    asked = {
-        name: getattr(arguments, name) for name in ("batch", "source", "new_tokens", "threads", "device", "dtype")
-    }
-    return {"cpu": cpu_model(), "load": load(), **asked, "rounds": arguments.rounds}
+    names = ("batch", "source", "new_tokens", "threads", "device", "dtype", "prepared", "rounds")
+    return {"cpu": cpu_model(), "load": load(), **{name: getattr(arguments, name) for name in names}}
 
 
 # --- roofline -------------------------------------------------------------------------------------------------------
@@ -152,10 +150,10 @@ def roofline(arguments: argparse.Namespace) -> int:
             rounds=arguments.rounds,
             after_round=bar.update,
         )
-    print(describe_rates(rates))
+    print(speed_tables.describe_rates(rates))
     print(f"Per token, {mean_layers:.2f} of {model.config.num_decoder_layers} layers on average:\n")
-    print(roofline_table(found))
-    print(f"\n{verdict(found)}")
+    print(speed_tables.roofline_table(found))
+    print(f"\n{speed_tables.verdict(found)}")
     setting = {"exit_layers": list(walked.exit_layers), "criterion": criterion, "mean_layers": mean_layers}
     parts = [{**asdict(part), "binds": part.binds} for part in found.parts]
     result = {"fraction": found.fraction, "timers": found.timers, "largest_loss": found.largest_loss.name}
@@ -207,7 +205,7 @@ def shaped_model(arguments: argparse.Namespace):
     )
     torch.manual_seed(0)
     model = EarlyExitT5ForConditionalGeneration(config).eval()
-    return model.to(arguments.device, getattr(torch, arguments.dtype))
+    return prepared_if_asked(arguments, model.to(arguments.device, getattr(torch, arguments.dtype)))
 
 
 def exits_to_walk(
@@ -224,8 +222,8 @@ def exits_to_walk(
         asked = tuple({leave} - {depth})
         return RecordedExits([[leave]], depth, asked), arguments.criterion if asked else None
     asked = tuple(arguments.exit_layers or recorded.exit_layers or points)
-    check_asked(asked, model)
     recorded.check_against(depth, asked)
+    check_asked(asked, model)
     return RecordedExits(recorded.layers_run, depth, asked), arguments.criterion or recorded.criterion
 
 
@@ -243,50 +241,6 @@ def progress(total: int):
     from tqdm import tqdm
 
     return tqdm(total=total, desc="timing", unit="round", disable=None, leave=False)
-
-
-def describe_rates(rates: MachineRates) -> str:
-    """What the machine can do at best."""
-    set_size = rates.working_set / 2**20
-    from_cache, from_memory = (
-        ", ".join(f"{rate / 1e9:.0f} ({rows})" for rows, rate in zip(rates.product_rows, found))
-        for found in (rates.cached_rates, rates.memory_rates)
-    )
-    return (
-        f"This machine, {rates.threads} thread(s): reads {rates.bandwidth / 1e9:.1f} GB/s from memory, "
-        f"{rates.working_bandwidth / 1e9:.1f} GB/s over the {set_size:.0f} MiB that a step of this decoder reads;\n"
-        f"GFLOP/s (rows): {from_cache} with weights in a cache; {from_memory} with weights from memory."
-    )
-
-
-def roofline_table(found: Roofline) -> str:
-    """A line for each part, and one for all."""
-    header = ("", "MB", "MFLOP", "memory ms", "compute ms", "binds", "ideal ms", "measured ms", "fraction")
-    whole = ("all", *(f"{sum(getattr(part, name) for part in found.parts) / 1e6:.2f}" for name in ("bytes", "flops")))
-    regimes = [_milliseconds(sum(getattr(part, name) for part in found.parts)) for name in ("memory", "compute")]
-    ends = (_milliseconds(found.ideal), _milliseconds(found.measured), f"{found.ideal / found.measured:.2f}")
-    return terminal.table(header, [*map(_part_line, found.parts), (*whole, *regimes, "", *ends)])
-
-
-def _part_line(part: PartTime) -> tuple[str, ...]:
-    times = map(_milliseconds, (part.memory, part.compute))
-    fraction = f"{part.ideal / part.measured:.2f}" if part.bytes and part.measured else "-"
-    work = (f"{part.bytes / 1e6:.2f}", f"{part.flops / 1e6:.2f}")
-    return (part.name, *work, *times, part.binds, _milliseconds(part.ideal), _milliseconds(part.measured), fraction)
-
-
-def _milliseconds(seconds: float) -> str:
-    return f"{seconds * 1000:.3f}"
-
-
-def verdict(found: Roofline) -> str:
-    """What is lost most, and how close the whole is to what the machine could do."""
-    worst, above = found.largest_loss, found.measured - found.ideal
-    timers = f"{found.timers * 1000:.3f} ms per token" if found.timers > 0 else "too little to be seen"
-    return (
-        f"The largest loss is in {worst.name}: {worst.loss * 1000:.3f} of the {above * 1000:.3f} ms above ideal. "
-        f"Without timers the decoder reaches {found.fraction:.2f} of the roofline; they took {timers}."
-    )
 
 
 # --- tune -----------------------------------------------------------------------------------------------------------
@@ -315,8 +269,8 @@ def tune(arguments: argparse.Namespace) -> int:
     time_model = time_model_of(arguments, criterion, model)
     sizes = {"batch_size": arguments.batch, "rule": arguments.batch_exit}
     found = tune(time_model, walked.layers_run, walked.exit_layers, walked.num_layers, **sizes)
-    print(describe_time_model(time_model, arguments.threads))
-    print(f"\n{tuning_table(found)}\n\n{answer(found)}")
+    print(speed_tables.describe_time_model(time_model, arguments.threads))
+    print(f"\n{speed_tables.tuning_table(found)}\n\n{speed_tables.answer(found)}")
     ranking = [{**asdict(choice), "ratio": found.ratio(choice)} for choice in found.ranking]
     best = None if found.best is None else list(found.best.exit_layers)
     outcome = {"time_model": time_model.to_dict(), "full_depth": asdict(found.full_depth), "ranking": ranking}
@@ -354,45 +308,6 @@ def read_time_model(path: str, criterion: str | None) -> TimeModel:
     if criterion not in (None, time_model.criterion):
         raise ValueError(f"--time-model {path} is of {time_model.criterion}, not of {criterion}: measure again")
     return time_model
-
-
-def describe_time_model(time_model: TimeModel, threads: int) -> str:
-    """Milliseconds of everything that was timed."""
-    names = ("layer", "head", "question", "step")
-    lines = [(name, *map(_milliseconds, getattr(time_model, name))) for name in names]
-    header = (f"ms, {threads} thread(s)", *(f"{rows} row(s)" for rows in time_model.rows))
-    singles = ("departure", "payment", "position", "source")
-    rest = ", ".join(f"{name} {_milliseconds(getattr(time_model, name))}" for name in singles)
-    return f"{terminal.table(header, lines)}\n{rest}"
-
-
-def tuning_table(found: Tuning) -> str:
-    """Full depth, the fastest sets, and all exit points asked."""
-    everything = max(found.ranking, key=lambda choice: len(choice.exit_layers))
-    shown = [found.full_depth, *found.ranking[:SHOWN]]
-    shown += [everything] if everything not in shown else []
-    return terminal.table(("exit points", "layers", "ms/token", "of full depth"), [_line(found, one) for one in shown])
-
-
-def _line(found: Tuning, choice: Choice) -> tuple[str, ...]:
-    name = " ".join(map(str, choice.exit_layers)) or "none: full depth"
-    return (name, f"{choice.mean_layers:.2f}", _milliseconds(choice.seconds), f"{found.ratio(choice):.2f}")
-
-
-def answer(found: Tuning) -> str:
-    """Where to ask, or that it does not pay; and what that takes for granted."""
-    granted = (
-        "Predicted for the decoder alone, as if tokens could still leave where they did when recorded; in truth "
-        "a token that leaves later changes those after it, so measure what you choose."
-    )
-    if found.best is None:
-        fastest = found.ranking[0]
-        return (
-            f"Early exit does not pay here: the fastest set, {' '.join(map(str, fastest.exit_layers))}, would take "
-            f"{found.ratio(fastest):.2f} of full depth's time, and {1 - found.margin:.2f} is asked for. {granted}"
-        )
-    layers = " ".join(map(str, found.best.exit_layers))
-    return f"Ask at --exit-layers {layers}: {found.ratio(found.best):.2f} of full depth's time. {granted}"
 
 
 VERBS = (

@@ -20,7 +20,7 @@ LARGE = 256 * 2**20  # bytes that no cache holds
 SMALL = 2**19  # bytes of weights that stay in the nearest large cache
 PRODUCT_ROWS = (1, 4, 8, 64)
 INNER_WIDTHS = (256, 512)  # of the products; the better one counts
-BEST_OF = 7
+BEST_OF = 4
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class MachineRates:
 
     @classmethod
     def measure(cls, working_set: int, dtype: torch.dtype = torch.float32, device: Any = "cpu") -> MachineRates:
-        """Measure here and now; about a second.
+        """Measure here and now; a few seconds.
 
         Args:
             working_set: Bytes that the decoder reads per step.

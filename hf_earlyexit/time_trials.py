@@ -16,11 +16,11 @@ import numpy as np
 import torch
 from transformers.modeling_outputs import BaseModelOutput
 
-from hf_earlyexit.policies import CRITERIA, ExitCriterion
+from hf_earlyexit.policies import CRITERIA, WITH_CANDIDATES, ExitCriterion
 from hf_earlyexit.roofline import CATCH_UP, CROSS, HEADS, LAYERS, REST, SOURCE
 from hf_earlyexit.simulation import SimulatedWalk, simulate
 from hf_earlyexit.time_model import TimeModel
-from hf_earlyexit.timed_walk import READS_HEAD, Replay, seconds_of, source_states, timed, walk
+from hf_earlyexit.timed_walk import Replay, seconds_of, source_states, timed, walk
 from hf_earlyexit.timing import take_turns
 
 
@@ -67,7 +67,7 @@ def measure_time_model(
     found = [_measure_at(model, criterion, count, source, new_tokens, rounds, after_round) for count in rows]
     by_rows = {name: tuple(one[name] for one in found) for name in ("layer", "head", "question", "step")}
     of_batch = {name: found[-1][name] for name in ("departure", "payment", "position", "source")}
-    return TimeModel(criterion, criterion in READS_HEAD, rows, **by_rows, **of_batch)
+    return TimeModel(criterion, criterion in WITH_CANDIDATES, rows, **by_rows, **of_batch)
 
 
 def rows_to_time(batch_size: int) -> tuple[int, ...]:
@@ -83,7 +83,7 @@ def rounds_in_all(batch_size: int, rounds: int) -> int:
 def _measure_at(model, criterion: str, rows: int, source: int, new_tokens: int, rounds: int, after_round) -> dict:
     """Everything at one number of rows."""
     states = source_states(model, rows, source)
-    trials = trials_for(model, CRITERIA[criterion](), criterion in READS_HEAD, rows, new_tokens)
+    trials = trials_for(model, CRITERIA[criterion](), criterion in WITH_CANDIDATES, rows, new_tokens)
     parts, whole = _time(model, states, trials, rounds, after_round)
     return solve(trials, parts, whole)
 

@@ -23,9 +23,6 @@ from hf_earlyexit.settings import ExitSettings
 from hf_earlyexit.stopwatch import Stopwatch, clock_on
 
 
-READS_HEAD = frozenset({"softmax", "max_prob", "entropy"})  # criteria that look at the vocabulary head
-
-
 @dataclass(frozen=True)
 class Replay:
     """Criterion: a row leaves from the layer on that a script names; threshold 0.5.
@@ -78,7 +75,7 @@ def walk(
     settings = ExitSettings(early_exit=True, exit_criterion=script, exit_threshold=0.5)
     rows, steps = len(states), len(script.layers)
     cache = cache_for(model, states, steps)
-    decoder = model.decoder_adapter(model, cache, None, None)
+    decoder = model._new_decoder(cache, None, None)
     run = ExitRun(settings, frozenset(exit_layers), decoder.num_layers, rows, steps + 1, states.device)
     ids = torch.full((rows, 1), model.config.decoder_start_token_id, device=states.device)
     if watch is None:
@@ -137,7 +134,7 @@ class TimedDecoder:
 
     def __init__(self, decoder: Decoder, watch: Stopwatch):
         self.decoder = decoder
-        self.run_block = watch.timed(LAYERS, decoder.run_block)
+        self.run_blocks = watch.timed(LAYERS, decoder.run_blocks)
         self.head_input = watch.timed(HEADS, decoder.head_input)
         self.lm_head = watch.timed(HEADS, decoder.lm_head)
 

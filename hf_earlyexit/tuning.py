@@ -99,7 +99,7 @@ def tune(
     few = len(exit_points) <= ALL_SETS
     tried = map(predict, all_sets(exit_points)) if few else greedy(exit_points, predict)
     count = 2 ** len(exit_points) - 1 if few else len(exit_points) * (len(exit_points) + 1) // 2
-    ranking = sorted(tqdm(tried, "exit points", count, leave=False), key=lambda choice: choice.seconds)
+    ranking = sorted(tqdm(tried, "exit points", count, leave=False, disable=None), key=lambda choice: choice.seconds)
     return Tuning(predict(()), ranking)
 
 

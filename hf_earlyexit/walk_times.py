@@ -12,10 +12,10 @@ from typing import Any
 import torch
 
 from hf_earlyexit.machine_rates import MachineRates
-from hf_earlyexit.policies import CRITERIA
+from hf_earlyexit.policies import CRITERIA, WITH_CANDIDATES
 from hf_earlyexit.roofline import DecoderSizes, Roofline, compare, parts_of
 from hf_earlyexit.simulation import pieces_of, simulate
-from hf_earlyexit.timed_walk import READS_HEAD, Replay, seconds_of, source_states, timed, walk
+from hf_earlyexit.timed_walk import Replay, seconds_of, source_states, timed, walk
 from hf_earlyexit.timing import take_turns
 
 
@@ -62,7 +62,7 @@ def measure_roofline(
     """
     depth = model.config.num_decoder_layers
     scripts = pieces_of(layers_run, rounds, batch_size, new_tokens)
-    walked = simulate(scripts, depth, exit_layers, scores=bool(exit_layers) and criterion in READS_HEAD)
+    walked = simulate(scripts, depth, exit_layers, scores=bool(exit_layers) and criterion in WITH_CANDIDATES)
     asked = CRITERIA[criterion]() if criterion and exit_layers else None
     states = source_states(model, batch_size, source)
     replays = [Replay(script, asked) for script in scripts]
