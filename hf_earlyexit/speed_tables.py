@@ -1,4 +1,4 @@
-"""Answers for how the verbs `roofline` and `tune` put what they find: tables, and a sentence that says what follows."""
+"""Answers for how the verbs `roofline` and `tune` put what they find: tables, and a sentence of what follows."""
 
 from __future__ import annotations
 

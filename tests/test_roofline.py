@@ -151,6 +151,9 @@ def test_the_largest_loss_is_named_and_parts_add_up():
     assert (found.ideal, found.measured, found.timers) == (15.0, 45.5, 5.0)
     assert found.largest_loss.name == HEADS and found.largest_loss.loss == 20.5 - 5
     assert found.fraction == 15 / 40.5
+    slow = PartWork(LAYERS, np.array([1]), np.array([8000]), np.array([50]))
+    found = compare([slow, *work[1:]], RATES, {LAYERS: 90, CROSS: 10, HEADS: 41}, 141, 1)
+    assert found.largest_loss.name == HEADS  # the longest part, `slow`, is next to its ideal
     assert compare(work, RATES, {LAYERS: 11, REST: 40}, 51, 2).largest_loss.name == REST
 
 

@@ -46,6 +46,11 @@ def test_a_walk_by_hand():
     assert BY_HAND.per_token(walked) == sum(BY_HAND.seconds(walked).values()) / 4
 
 
+def test_rows_that_nobody_has_scored_share_a_product_with_the_head():
+    walked = simulate(batches_of([[1, 3], [3, 1]], 2), 3, (1,))
+    assert BY_HAND.seconds(walked)["heads"] == 2 * 140
+
+
 def test_rows_lie_on_a_line_between_those_timed():
     assert BY_HAND.at(BY_HAND.layer, np.array([0, 1, 2, 3, 4])).tolist() == [0, 10, 14, 18, 22]
 

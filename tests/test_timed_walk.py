@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 
 import numpy as np
@@ -13,7 +14,7 @@ from hf_earlyexit.policies import SoftmaxResponse
 from hf_earlyexit.roofline import CATCH_UP, CROSS, HEADS, LAYERS, REST, SOURCE
 from hf_earlyexit.simulation import pieces_of, simulate
 from hf_earlyexit.stopwatch import Stopwatch
-from hf_earlyexit.timed_walk import Replay, source_states, timed, walk
+from hf_earlyexit.timed_walk import Replay, cache_for, parts_timed, source_states, timed, walk
 from hf_earlyexit.walk_times import measure_roofline, time_walks
 from tests.tiny import NUM_LAYERS, tiny_pair
 
@@ -94,6 +95,8 @@ def test_cross_attention_is_entered_as_often_as_blocks_run(model):
     visits = int((simulated.rows > 0).sum())
     assert entered.count(CROSS) == entered.count(SOURCE) == entered.count(CATCH_UP) == visits
     assert watch.seconds[CROSS] == visits
+    # Rows that leave make the head's input layer by layer, and meet the head together.
+    assert entered.count(HEADS) == int((simulated.head_rows > 0).sum() + (simulated.head_products > 0).sum())
     assert walked.run.work_by_layer()["layer_rows"].sum() == simulated.rows.sum()
 
 
@@ -108,6 +111,18 @@ def test_nothing_is_left_behind_after_an_exception(model):
     assert hooks_of(model) == 0
     replay = Replay(script(2))
     assert torch.equal(walk(model, states, replay, EXITS).tokens, generated(model, states, replay))
+
+
+@pytest.mark.parametrize("error", (None, KeyboardInterrupt))
+def test_adapter_and_cache_are_as_before(model, error):
+    cache = cache_for(model, source_states(model, 2, 6), steps=3)
+    decoder = model._new_decoder(cache, None, None)
+    before = [set(vars(one)) for one in (cache, decoder)]
+    with contextlib.suppress(KeyboardInterrupt), parts_timed(decoder, cache, Stopwatch(Steps(), REST)):
+        assert set(vars(cache)) - before[0] == {"catch_up", "fill_cross"}
+        if error:
+            raise error
+    assert [set(vars(one)) for one in (cache, decoder)] == before and hooks_of(model) == 0
 
 
 def test_what_is_entered_is_left_where_a_block_raises():
@@ -133,16 +148,21 @@ def test_a_stopwatch_gives_each_moment_to_the_innermost_part():
     assert watch.seconds == {"rest": 2, "outer": 3, "inner": 2}
 
 
+def test_seconds_of_all_parts(model):
+    seconds = timed(model, source_states(model, 2, 6), Replay(script(2)), EXITS)
+    assert set(seconds) == PARTS and min(seconds.values()) > 0
+
+
 def test_rounds_are_timed_apart_from_the_one_that_warms_up(model, monkeypatch):
     walked = []
     monkeypatch.setattr(
         "hf_earlyexit.walk_times.timed",
-        lambda model, states, replay, exits: walked.append(replay) or timed(model, states, replay, exits),
+        lambda model, states, replay, exits: walked.append(replay) or {REST: 10.0, HEADS: 1.0},
     )
     replays = [Replay(piece) for piece in pieces_of([[1, 3, 6, 2, 5]], 3, 2, 4)]
     times = time_walks(model, source_states(model, 2, 6), replays, EXITS)
     assert walked == [replays[0], *replays]
-    assert set(times.parts) == PARTS and times.untimed > 0
+    assert times.parts == {REST: 30.0, HEADS: 3.0} and times.untimed > 0
 
 
 def test_a_roofline_of_a_real_model(model, monkeypatch):
