@@ -12,6 +12,7 @@ a layer lacks of a row is one contiguous range.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -22,6 +23,7 @@ from hf_earlyexit.rows import Rows
 
 CATCH_UPS = ("project",)
 FILLS = ("lazy", "eager")
+FRONT = 64
 
 Projection = Callable[[int, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
@@ -126,6 +128,7 @@ class EarlyExitCache(Cache):
     def write_layers(self, layers: range, rows: Rows, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Store the current tokens' keys and values `[layers, rows, heads, head]` of neighbouring layers."""
         first, last = layers[0] - 1, layers[-1]
+        keys, values = keys.to(self.dtype), values.to(self.dtype)
         start = self._common_length(rows)
         for arena, new in ((self.keys, keys), (self.values, values)):
             if start is not None and len(rows.runs) == 1:
@@ -339,8 +342,11 @@ class EarlyExitCache(Cache):
 
     def _new_arena(self, capacity: int) -> torch.Tensor:
         shape = (self.num_layers, self.num_rows, self.num_heads, capacity, self.head_dim)
-        # Zeros, since a shorter row's unwritten positions are masked out, and what is masked must be finite.
-        return torch.zeros(shape, dtype=self.dtype, device=self.device)
+        # Zeros, since a shorter row's unwritten positions are masked out, and what is masked must be finite. Some in
+        # front, since a graph compiled for a tensor that starts in the middle of its memory does not take one that
+        # starts at 0, and the layers are to share graphs.
+        zeros = torch.zeros(FRONT + math.prod(shape), dtype=self.dtype, device=self.device)
+        return zeros[FRONT:].view(shape)
 
     def _common_length(self, rows: Rows) -> int | None:
         """The length that all of `rows` have, or None where they differ."""

@@ -27,7 +27,10 @@ FORMAT = 1
 PACKAGES = ("transformers", "torch")
 # What in a generation config leaves the texts alone: what is returned, how the cache lies in memory, padding. Exit
 # settings are compared by themselves, and assistants are refused with early exit.
-NEUTRAL = {"use_cache", "return_dict_in_generate", "pad_token_id", "transformers_version", "target_lookbehind"}
+NEUTRAL = {
+    *("use_cache", "return_dict_in_generate", "pad_token_id", "transformers_version", "target_lookbehind"),
+    *("compile_config", "disable_compile"),
+}
 SAMPLING = {"temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff"}
 NEUTRAL_PREFIXES = ("_", "output_", "assistant_", "num_assistant_")
 
@@ -222,6 +225,8 @@ def decoding_of(config: GenerationConfig) -> dict[str, Any]:
         for name, value in config.to_dict().items()
         if changes_texts(name) and value not in (None, usual.get(name)) and (config.do_sample or name not in SAMPLING)
     }
+    if values.get("cache_implementation") == "static":
+        del values["cache_implementation"]  # changes rounding, as a prepared copy does; a quantised cache does more
     if values.get("max_new_tokens") is not None:
         values.pop("max_length", None)  # which then does not count
     return {"max_length": config.max_length, **values} if "max_new_tokens" not in values else values

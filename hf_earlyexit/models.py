@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import os
 from collections.abc import Callable
@@ -78,7 +79,8 @@ class EarlyExitT5ForConditionalGeneration(EarlyExitGenerationMixin, T5ForConditi
             pretrained_model_name_or_path: A folder or a Hub id.
             early_exit: The exit points. None: the checkpoint's own, or `EarlyExitConfig()` for a plain T5.
             config: A `T5Config` or `EarlyExitT5Config`, or a path to one, in place of the checkpoint's. Left as it is.
-            kwargs: As for `T5ForConditionalGeneration.from_pretrained`.
+            kwargs: As for `T5ForConditionalGeneration.from_pretrained`. Of a `quantization_config`, exit heads are
+                excepted: a classifier or a map after the last layer that ran decides by small differences.
 
         Heads that the checkpoint lacks start as the logit lens; nothing else may be missing.
 
@@ -86,6 +88,8 @@ class EarlyExitT5ForConditionalGeneration(EarlyExitGenerationMixin, T5ForConditi
             ValueError: The checkpoint is of another family, or `early_exit` does not fit the decoder.
         """
         config, kwargs = early_exit_config(pretrained_model_name_or_path, config, kwargs)
+        if kwargs.get("quantization_config") is not None:
+            kwargs["quantization_config"] = without_heads(kwargs["quantization_config"])
         as_stored = early_exit is None
         early_exit = EarlyExitConfig.from_dict(config.early_exit if early_exit is None else early_exit)
         config.early_exit = early_exit.for_layers(config.num_decoder_layers).to_dict()
@@ -149,6 +153,16 @@ class EarlyExitT5ForConditionalGeneration(EarlyExitGenerationMixin, T5ForConditi
         implementation = self.decoder.config._attn_implementation
         if implementation in ("sdpa", "eager"):
             self.decoder.config._attn_implementation = attention.PREFIX + implementation
+
+
+def without_heads(quantization_config):
+    """A copy that does not quantise exit heads, nor what the library would not have quantised by itself."""
+    config = copy.deepcopy(quantization_config)
+    for name in ("modules_to_not_convert", "llm_int8_skip_modules"):
+        if hasattr(config, name):
+            chosen = getattr(config, name)
+            setattr(config, name, [*(["lm_head", "shared"] if chosen is None else chosen), "exit_heads"])
+    return config
 
 
 AutoConfig.register("early_exit_t5", EarlyExitT5Config)

@@ -44,7 +44,9 @@ class CompiledT5Decoder(PreparedT5Decoder):
             cache.fill_cross(layer, rows, self.project_source)
         if rows is not self.present_rows:
             self.present_rows, self.present = rows, self._present(rows, cache)
-        states = previous = self._of_any_size(filled_up(hidden[:, 0], bucket(len(rows), self.static_rows)))
+        # Graphs are kept apart by whether an argument is a view, so none of what changes from step to step is one.
+        states = filled_up(hidden[:, 0], bucket(len(rows), self.static_rows)).clone()
+        states = previous = self._of_any_size(states)
         for first in range(layers.start, layers.stop, LONGEST_REGION):
             part = range(first, min(first + LONGEST_REGION, layers.stop))
             weights = [self.region_layers[layer - 1] for layer in part]
@@ -72,7 +74,9 @@ class CompiledT5Decoder(PreparedT5Decoder):
         bias = pad(bias, (0, later), value=torch.finfo(bias.dtype).min)
         bias = bias if bias.shape[0] == 1 else filled_up(bias, size)
         # There always is one, and of every row, so that a padded source does not need other graphs.
-        cross_bias = filled_up(self.row_cross_mask[:, :, 0].expand(len(rows), -1, -1), size).contiguous()
+        cross_bias = filled_up(self.row_cross_mask[:, :, 0].expand(len(rows), -1, -1), size).clone(
+            memory_format=torch.contiguous_format
+        )
         return Present(*(self._of_any_size(part, -1) for part in (index, positions, bias, cross_bias)))
 
     def _past(self, layer: int, cache: EarlyExitCache) -> Past:
@@ -131,8 +135,7 @@ def region_layer(block: nn.Module, prepared) -> RegionLayer:
     dense = feed.DenseReluDense
     return RegionLayer(
         norm=block.layer[0].layer_norm.weight.detach(),
-        query=region_map(prepared.query, attention.q),
-        keys_values=region_map(prepared.keys_values, attention.k, attention.v),
+        query_keys_values=region_map(prepared.query_keys_values, attention.q, attention.k, attention.v),
         output=region_map(prepared.output, attention.o),
         cross_norm=block.layer[1].layer_norm.weight.detach(),
         cross_query=region_map(prepared.cross_query, cross.q),

@@ -30,8 +30,8 @@ class PreparedLayer:
         attention, cross, feed = block.layer[0].SelfAttention, block.layer[1].EncDecAttention, block.layer[2]
         dense = feed.DenseReluDense
         self.norm, self.cross_norm, self.feed_norm = (Norm(part.layer_norm) for part in block.layer)
-        self.query = packed(attention.q)
-        self.keys_values = packed(attention.k, attention.v)
+        self.query_keys_values = packed(attention.q, attention.k, attention.v)
+        self.keys_values = packed(attention.k, attention.v)  # for debts
         self.output = packed(attention.o)
         self.cross_query, self.cross_output = packed(cross.q), packed(cross.o)
         self.is_gated = hasattr(dense, "wi_0")
@@ -41,21 +41,24 @@ class PreparedLayer:
 
 
 class Norm:
-    """A root-mean-square norm in four operations."""
+    """A root-mean-square norm in four operations, with its own scale or with none."""
 
-    def __init__(self, norm: nn.Module):
+    def __init__(self, norm: nn.Module, scaled: bool = True):
         width = norm.weight.shape[0]
         # |x| and the square root of width x epsilon are the legs of a triangle whose third side is what the norm
         # divides by, but for the square root of the width, which is in the scale.
         epsilon = norm.variance_epsilon if hasattr(norm, "variance_epsilon") else norm.eps  # apex calls it `eps`
         self.floor = at_least_float32(norm.weight.new_tensor((width * epsilon) ** 0.5))
-        self.scale = at_least_float32(norm.weight.detach()) * width**0.5
+        weight = at_least_float32(norm.weight.detach())
+        self.scale = (weight if scaled else torch.ones_like(weight)) * width**0.5
+        self.is_half = weight.dtype != norm.weight.dtype
 
     def __call__(self, states: torch.Tensor) -> torch.Tensor:
         """`[rows, hidden]`, in the dtype of `states`."""
-        wide = at_least_float32(states)
+        wide = states.float() if self.is_half else states
         length = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
-        return (wide / torch.hypot(length, self.floor) * self.scale).to(states.dtype)
+        normed = wide / length.hypot_(self.floor) * self.scale
+        return normed.to(states.dtype) if self.is_half else normed
 
 
 class PreparedT5:
@@ -73,7 +76,23 @@ class PreparedT5:
         with torch.no_grad():
             self.layers = [PreparedLayer(block) for block in model.decoder.block]
             self.lm_head = packed(model.lm_head)
+            self.stacked_norm = Norm(model.decoder.block[0].layer[0].layer_norm, scaled=False)
+        self.blocks = model.decoder.block
+        self.stacks: dict[int, PackedLinear] = {}
         self.compiled: dict[Hashable, Callable] = {}
+
+    def stacked(self, first: int) -> PackedLinear:
+        """Keys and values of all layers from `first` on as one map, with the scales of their norms folded in: made
+        when rows first leave below."""
+        if first not in self.stacks:
+            parts = [block.layer[0] for block in self.blocks[first - 1 :]]
+            folded = [
+                at_least_float32(one.weight) * at_least_float32(part.layer_norm.weight)
+                for part in parts
+                for one in (part.SelfAttention.k, part.SelfAttention.v)
+            ]
+            self.stacks[first] = PackedLinear(torch.cat(folded).to(parts[0].SelfAttention.k.weight.dtype))
+        return self.stacks[first]
 
 
 class PreparedT5Decoder(T5Decoder):
@@ -86,29 +105,35 @@ class PreparedT5Decoder(T5Decoder):
         self.pads_source = self.cross_mask.shape[0] > 1
 
     def run_block(self, layer: int, hidden: torch.Tensor, rows: Rows, cache: EarlyExitCache) -> torch.Tensor:
-        cache.fill_cross(layer, rows, self.project_source)
+        return self.run_blocks(range(layer, layer + 1), hidden, rows, cache)[0]
+
+    def run_blocks(
+        self, layers: range, hidden: torch.Tensor, rows: Rows, cache: EarlyExitCache
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         if rows is not self.view.self_attention_cache.rows:
             self._follow(rows)
         states = at_least_a_tile(hidden.flatten(0, 1))
-        states = self.self_attention(layer, states, rows, cache)
-        states = self.cross_attention(layer, states, rows, cache)
-        states = self.feed_forward(layer, states)
-        return states[: hidden.shape[:-1].numel()].view(hidden.shape)
+        for layer in layers:
+            cache.fill_cross(layer, rows, self.project_source)
+            previous = states
+            states = self.self_attention(layer, states, rows, cache)
+            states = self.cross_attention(layer, states, rows, cache)
+            states = self.feed_forward(layer, states)
+        count = hidden.shape[:-1].numel()
+        return states[:count].view(hidden.shape), previous[:count].view(hidden.shape)
 
     def self_attention(self, layer: int, states: torch.Tensor, rows: Rows, cache: EarlyExitCache) -> torch.Tensor:
         """`states [rows x length, hidden]` with what self-attention adds; writes the rows' keys and values."""
         weights = self.prepared.layers[layer - 1]
-        normed = weights.norm(states)
-        query = self._by_head(weights.query(normed), rows)
-        keys, values = weights.keys_values(normed).chunk(2, dim=-1)
-        cache.write(layer, rows, self._by_head(keys, rows), self._by_head(values, rows))
+        query, keys, values = self._by_head(weights.query_keys_values(weights.norm(states)), rows, 3)
+        cache.write(layer, rows, keys, values)
         keys, values = cache.view(layer, rows, self.view.self_attention_cache.length)
         return states + weights.output(self._attend(query, keys, values, rows, self.row_self_bias))
 
     def cross_attention(self, layer: int, states: torch.Tensor, rows: Rows, cache: EarlyExitCache) -> torch.Tensor:
         """`states [rows x length, hidden]` with what attention to the source adds."""
         weights = self.prepared.layers[layer - 1]
-        query = self._by_head(weights.cross_query(weights.cross_norm(states)), rows)
+        (query,) = self._by_head(weights.cross_query(weights.cross_norm(states)), rows, 1)
         mask = self.row_cross_mask if self.pads_source else None
         return states + weights.cross_output(self._attend(query, *cache.cross_view(layer, rows), rows, mask))
 
@@ -118,16 +143,16 @@ class PreparedT5Decoder(T5Decoder):
         inner = weights.feed_in(weights.feed_norm(states))
         if weights.is_gated:
             gate, inner = inner.chunk(2, dim=-1)
-            inner = weights.activation(gate) * inner
+            inner = weights.activation(gate).mul_(inner)
         else:
             inner = weights.activation(inner)
         return states + weights.feed_out(inner)
 
-    def _by_head(self, projected: torch.Tensor, rows: Rows) -> torch.Tensor:
-        """`[rows, heads, length, head]` of `projected [rows x length at least, heads x head]`."""
+    def _by_head(self, projected: torch.Tensor, rows: Rows, parts: int) -> tuple[torch.Tensor, ...]:
+        """The parts `[rows, heads, length, head]` of `projected [rows x length at least, parts x heads x head]`."""
         length = self.new_positions
-        heads = projected[: len(rows) * length].view(len(rows), length, -1, self.head_dim)
-        return heads.transpose(1, 2)
+        heads = projected[: len(rows) * length].view(len(rows), length, parts, -1, self.head_dim)
+        return heads.permute(2, 0, 3, 1, 4).unbind()
 
     def _attend(self, query, keys, values, rows: Rows, bias: torch.Tensor | None) -> torch.Tensor:
         """`[rows x length at least, heads x head]`."""
@@ -143,6 +168,13 @@ class PreparedT5Decoder(T5Decoder):
         keys, values = weights.keys_values(weights.norm(at_least_a_tile(states)))[: len(states)].chunk(2, dim=-1)
         shape = (len(states), -1, self.head_dim)
         return keys.view(shape), values.view(shape)
+
+    def project_layers(self, layers: range, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        normed = self.prepared.stacked_norm(at_least_a_tile(states))
+        projected = self.prepared.stacked(layers.start)(normed)[: len(states)]
+        projected = projected.view(len(states), len(layers), 2, -1, self.head_dim)
+        keys, values = projected.permute(2, 1, 0, 3, 4)
+        return keys, values
 
     def lm_head(self, head_input: torch.Tensor) -> torch.Tensor:
         return self.prepared.lm_head(at_least_a_tile(head_input))[: len(head_input)]
@@ -168,10 +200,13 @@ def refuse_unless_plain(model: nn.Module) -> None:
         ValueError: It would not; the message names the module.
     """
     for name, module in (("lm_head", model.lm_head), *_maps_of(model)):
-        if type(module) is not nn.Linear or module.bias is not None:
+        if type(module) is not nn.Linear or type(module.weight.data) is not torch.Tensor or module.bias is not None:
+            weight = (
+                f" with weights of type `{type(module.weight.data).__name__}`" if hasattr(module, "weight") else ""
+            )
             raise ValueError(
                 f"`prepare_for_generation` needs the plain linear maps of T5, but `{name}` is a "
-                f"`{type(module).__name__}`: merge adapters (`merge_and_unload`) or load unquantised weights first."
+                f"`{type(module).__name__}`{weight}: merge adapters (`merge_and_unload`) or load unquantised weights."
             )
     for name, module in model.decoder.named_modules():
         if module._forward_hooks or module._forward_pre_hooks or hasattr(module, "_hf_hook"):

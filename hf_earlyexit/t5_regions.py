@@ -29,8 +29,7 @@ class RegionLayer(NamedTuple):
     """One layer's weights; norms are their scales."""
 
     norm: torch.Tensor
-    query: RegionMap
-    keys_values: RegionMap
+    query_keys_values: RegionMap
     output: RegionMap
     cross_norm: torch.Tensor
     cross_query: RegionMap
@@ -88,9 +87,8 @@ class Region:
 
     def layer(self, states: torch.Tensor, layer: RegionLayer, past: Past, present: Present):
         """One layer: the states after it, and its new keys and values `[bucket, heads, head]`."""
-        normed = self.normed(states, layer.norm)
-        query = self.by_head(apply(layer.query, normed))
-        key, value = (self.by_head(part) for part in apply(layer.keys_values, normed).chunk(2, dim=-1))
+        projected = apply(layer.query_keys_values, self.normed(states, layer.norm))
+        query, key, value = (self.by_head(part) for part in projected.chunk(3, dim=-1))
         context = attend_self(query, key, value, past, present)
         states = states + apply(layer.output, context.flatten(1))
         query = self.by_head(apply(layer.cross_query, self.normed(states, layer.cross_norm)))
@@ -114,7 +112,7 @@ class Region:
 
     def by_head(self, projected: torch.Tensor) -> torch.Tensor:
         """`[bucket, heads, head]`."""
-        return projected.view(projected.shape[0], self.num_heads, -1)
+        return projected.reshape(projected.shape[0], self.num_heads, -1)
 
 
 # --- the heavy operations, each in the way that suits the device and the number of rows -----------------------------

@@ -46,6 +46,7 @@ def test_a_certified_model_generates_as_certified_in_silence(model):
     stored = quiet(model, strict_certificate=True)
     assert torch.equal(stored, quiet(uncertified(model), **SETTING, **DECODING))
     assert torch.equal(stored, quiet(model, **SETTING, **DECODING, fill="eager"))
+    assert torch.equal(stored, quiet(model, cache_implementation="static", disable_compile=True))
     assert model.generation_config.max_new_tokens == 6, "the decoding is taken over, too"
 
 

@@ -1,4 +1,4 @@
-"""A prepared copy says what the model says, serves as long as the weights are the same, and is no part of the model."""
+"""A prepared copy says what the model says, serves while the weights are the same, and is no part of the model."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers.models.t5.modeling_t5 import T5Block
 
-from hf_earlyexit import EarlyExitT5ForConditionalGeneration
+from hf_earlyexit import EarlyExitT5ForConditionalGeneration, packing
 from hf_earlyexit.packing import ROW_TILE, PackedLinear, at_least_a_tile
 from hf_earlyexit.t5_prepared import PreparedT5Decoder
 from tests import laws
@@ -35,6 +35,12 @@ def stock_blocks_rest(monkeypatch):
         raise AssertionError("a block that was not prepared ran")
 
     monkeypatch.setattr("hf_earlyexit.t5.T5Decoder.run_block", run_block)
+
+
+@pytest.fixture
+def packs_all(monkeypatch):
+    """Small weights, too."""
+    monkeypatch.setattr(packing, "SMALLEST_PACKED", 0)
 
 
 # --- the laws -------------------------------------------------------------------------------------------------------
@@ -85,10 +91,10 @@ def test_padded_prompts_are_those_of_stock():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_packed_rows_say_what_they_say_alone(dtype):
+def test_packed_rows_say_what_they_say_alone(dtype, packs_all):
     """Packed products round a row as they do alone, so a batch equals its rows exactly where attention does, too."""
     _, model = prepared_pair(seed=2, dtype=dtype)
-    packs = model._prepared_copy.weights.layers[0].query.is_packed
+    packs = model._prepared_copy.weights.layers[0].query_keys_values.is_packed
     assert packs == (dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported())
     output = laws.scripted_batch_equals_rows_alone(model, 2)
     laws.assert_not_vacuous(output)
@@ -96,6 +102,7 @@ def test_packed_rows_say_what_they_say_alone(dtype):
 
 def test_prepared_is_the_unprepared_up_to_ties(monkeypatch):
     monkeypatch.undo()
+    monkeypatch.setattr(packing, "SMALLEST_PACKED", 0)
     _, model = tiny_pair("untied", 2, torch.float32)
     inputs = tiny_inputs(8, 2)
     plain = laws.generate(model, inputs, 2, **SOFTMAX)
@@ -105,7 +112,8 @@ def test_prepared_is_the_unprepared_up_to_ties(monkeypatch):
         torch.testing.assert_close(mine, others, atol=1e-4, rtol=1e-4)
 
 
-def test_work_is_counted_where_it_runs(monkeypatch):
+@pytest.mark.parametrize("fill", ["lazy", "eager"])
+def test_work_is_counted_where_it_runs(fill, monkeypatch):
     counts = {"block": [0] * NUM_LAYERS, "paid": [0] * NUM_LAYERS, "head": 0}
 
     class Counting(PreparedT5Decoder):
@@ -117,13 +125,18 @@ def test_work_is_counted_where_it_runs(monkeypatch):
             counts["paid"][layer - 1] += len(states)
             return super().project(layer, states)
 
+        def project_layers(self, layers, states):
+            for layer in layers:
+                counts["paid"][layer - 1] += len(states)
+            return super().project_layers(layers, states)
+
         def lm_head(self, head_input):
             counts["head"] += len(head_input)
             return super().lm_head(head_input)
 
     monkeypatch.setattr(EarlyExitT5ForConditionalGeneration, "prepared_adapter", Counting)
     _, model = prepared_pair()
-    output = laws.generate(model, tiny_inputs(4), **SOFTMAX)
+    output = laws.generate(model, tiny_inputs(4), **SOFTMAX, fill=fill)
     assert output.layer_rows.tolist() == counts["block"]
     assert output.filled_positions.tolist() == counts["paid"]
     assert output.head_rows.sum() == counts["head"]
@@ -135,7 +148,7 @@ def test_work_is_counted_where_it_runs(monkeypatch):
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 8, 33])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_a_packed_product_is_the_product(rows, dtype):
+def test_a_packed_product_is_the_product(rows, dtype, packs_all):
     weight, states = torch.randn(24, 40, dtype=dtype), torch.randn(rows, 40, dtype=dtype)
     product = PackedLinear(weight)(at_least_a_tile(states))
     assert product.shape == (max(rows, ROW_TILE), 24)
@@ -146,8 +159,14 @@ def test_a_packed_product_is_the_product(rows, dtype):
 # --- when there is a copy -------------------------------------------------------------------------------------------
 
 
-def test_the_copy_is_no_part_of_the_model(tmp_path):
-    stock, model = tiny_pair("untied", 0, torch.float32)
+def test_small_weights_are_left_as_they_are():
+    small, large = torch.randn(64, 64), torch.randn(256, 256)
+    assert not PackedLinear(small).is_packed and PackedLinear(small).weight.data_ptr() == small.data_ptr()
+    assert PackedLinear(large).is_packed
+
+
+def test_the_copy_is_no_part_of_the_model(tmp_path, packs_all):
+    _, model = tiny_pair("untied", 0, torch.float32)
     names = list(model.state_dict())
     assert model.prepare_for_generation() is model and model.is_prepared
     assert list(model.state_dict()) == names
@@ -201,7 +220,7 @@ def hook_a_block(model):
 @pytest.mark.parametrize(
     "change, message",
     [
-        (replace_a_map, r"`decoder.block.1.layer.0.SelfAttention.v` is a `LoraLinear`: merge adapters"),
+        (replace_a_map, r"`decoder.block.1.layer.0.SelfAttention.v` is a `LoraLinear`.*: merge adapters"),
         (hook_a_block, r"hooks of `decoder.block.1`: remove them"),
         (lambda model: model.half(), "does not work in fp16.*use `torch.bfloat16`"),
         (lambda model: model.train(), "needs eval mode: call `model.eval"),

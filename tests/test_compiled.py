@@ -1,0 +1,253 @@
+"""Compiled regions: the same tokens, whole graphs, few of them, and none anew while rows leave as they like.
+
+What is compiled is counted with a backend that runs the graph as it was captured; inductor itself is in slow tests.
+"""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+
+import pytest
+import torch
+from transformers import CompileConfig
+
+from hf_earlyexit import EarlyExitConfig, t5_compiled
+from hf_earlyexit.cache import EarlyExitCache
+from hf_earlyexit.compiling import CompileOptions, static_capacity
+from hf_earlyexit.layers import stretches
+from hf_earlyexit.rows import Rows
+from hf_earlyexit.t5_compiled import bucket, filled_up
+from hf_earlyexit.t5_regions import runs_of
+from tests import laws
+from tests.tiny import FAMILIES, NUM_LAYERS, tiny_inputs, tiny_pair
+from tests.watching import Scripted, pseudo_random_script
+
+
+class Captured:
+    """A backend that keeps the graphs it was given and runs them as they are."""
+
+    def __init__(self):
+        self.graphs = []
+
+    def __call__(self, graph, inputs):
+        self.graphs.append(graph)
+        return graph.forward
+
+    @property
+    def keywords(self) -> dict:
+        return {"cache_implementation": "static", "compile_config": CompileConfig(backend=self)}
+
+
+@pytest.fixture
+def captured():
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    yield Captured()
+    assert not torch._dynamo.utils.counters["graph_break"], "a region is one graph"
+
+
+def pair(family: str = "untied", seed: int = 0, dtype=torch.float64, **changes):
+    stock, model = tiny_pair(family, seed, dtype, **changes)
+    return stock, model
+
+
+# --- the laws -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "family, options",
+    [*((family, {}) for family in FAMILIES), ("untied", {"num_beams": 3}), ("tied", {"do_sample": True})],
+    ids=str,
+)
+def test_never_is_stock(family, options, captured):
+    stock, model = pair(family, 1)
+    torch.manual_seed(1)
+    expected = laws.stock_generate(stock, tiny_inputs(4, 1), 1, **options)
+    torch.manual_seed(1)
+    output = laws.generate(model, tiny_inputs(4, 1), 1, **options, **captured.keywords)
+    assert torch.equal(output.sequences, expected.sequences) and captured.graphs
+
+
+@pytest.mark.parametrize("rows", [1, 4, 7])
+def test_scripts_follow_the_walk_without_compiling(rows, captured):
+    for seed in (0, 1):
+        _, model = pair("untied", seed)
+        script = {"exit_criterion": Scripted(pseudo_random_script(seed, NUM_LAYERS)), "exit_threshold": 0.5}
+        expected = laws.generate(model, tiny_inputs(rows, seed), seed, **script)
+        output = laws.generate(model, tiny_inputs(rows, seed), seed, **script, **captured.keywords)
+        assert torch.equal(output.sequences, expected.sequences)
+        assert torch.equal(output.layers_run, expected.layers_run)
+        for mine, others in zip(output.logits, expected.logits):
+            torch.testing.assert_close(mine, others)
+        for counts in ("layer_rows", "filled_positions", "head_rows"):
+            assert torch.equal(output[counts], expected[counts])
+        laws.assert_not_vacuous(output)
+
+
+@pytest.mark.parametrize("criterion, threshold", [("softmax", 0.08), ("state", 0.75)])
+@pytest.mark.parametrize("fill", ["lazy", "eager"])
+def test_criteria_follow_the_walk_without_compiling(criterion, threshold, fill, captured):
+    _, model = pair("untied", 1)
+    call = {"exit_criterion": criterion, "exit_threshold": threshold, "fill": fill}
+    expected = laws.generate(model, tiny_inputs(4, 1), 1, **call)
+    output = laws.generate(model, tiny_inputs(4, 1), 1, **call, **captured.keywords)
+    assert torch.equal(output.sequences, expected.sequences)
+    assert torch.equal(output.layers_run, expected.layers_run)
+    torch.testing.assert_close(output.exit_confidences, expected.exit_confidences, equal_nan=True)
+    laws.assert_not_vacuous(output)
+
+
+def test_padded_prompts_follow_the_walk_without_compiling(captured):
+    prompt = {
+        "decoder_input_ids": torch.tensor([[0, 5, 9, 4], [1, 0, 7, 8], [1, 1, 0, 6], [0, 3, 2, 2]]),
+        "decoder_attention_mask": torch.tensor([[1, 1, 1, 1], [0, 1, 1, 1], [0, 0, 1, 1], [1, 1, 1, 1]]),
+    }
+    _, model = pair()
+    call = tiny_inputs(4) | prompt
+    script = {"exit_criterion": Scripted(pseudo_random_script(2, NUM_LAYERS)), "exit_threshold": 0.5}
+    expected = laws.generate(model, call, **script)
+    output = laws.generate(model, call, **script, **captured.keywords)
+    assert torch.equal(output.sequences, expected.sequences)
+    laws.assert_not_vacuous(output)
+
+
+# --- how much is compiled -------------------------------------------------------------------------------------------
+
+
+def lengths_of(exit_points) -> set[int]:
+    longest = t5_compiled.LONGEST_REGION
+    lengths = [len(stretch) for stretch in stretches(NUM_LAYERS, exit_points)]
+    parts = [[longest] * (length // longest) + [length % longest] for length in lengths]
+    return {length for some in parts for length in some if length}
+
+
+@pytest.mark.parametrize("exit_layers", [[1, 2, 3, 4, 5], [2, 4], [1, 4]])
+def test_few_graphs_and_none_anew_over_200_steps(exit_layers, captured):
+    _, model = pair("untied", 0, early_exit=EarlyExitConfig(exit_layers))
+    depths = [*exit_layers, NUM_LAYERS]
+    script = pseudo_random_script(5, len(depths))
+    criterion = Scripted(lambda row, position: depths[script(row, position) - 1])
+    call = {"exit_criterion": criterion, "exit_threshold": 0.5, "ends": None, **captured.keywords}
+    limit = len(lengths_of(exit_layers)) * 2  # one row, and any other number of rows
+    first = laws.generate(model, tiny_inputs(8), max_new_tokens=100, **call)
+    graphs = len(captured.graphs)
+    assert 0 < graphs <= limit
+    second = laws.generate(model, tiny_inputs(8, 1), 1, max_new_tokens=101, **call)
+    assert len(captured.graphs) == graphs, "another text needs no other graph"
+    assert {*first.layers_run.unique().tolist()} == {*depths}
+    assert first.layers_run.shape[1] + second.layers_run.shape[1] == 201
+    laws.generate(model, tiny_inputs(5, 2, longest=19), 2, max_new_tokens=150, **call)
+    assert len(captured.graphs) <= limit, "nor do another batch, source and length of the text"
+
+
+def test_where_shapes_must_be_static_rows_come_in_powers_of_two(captured, monkeypatch):
+    """The way of CUDA graphs, here on the CPU."""
+    init = t5_compiled.CompiledT5Decoder.__init__
+
+    def with_static_rows(self, *args):
+        init(self, *args)
+        self.static_rows = True
+
+    monkeypatch.setattr(t5_compiled.CompiledT5Decoder, "__init__", with_static_rows)
+    _, model = pair("untied", 0, early_exit=EarlyExitConfig([2, 4]))
+    script = pseudo_random_script(5, 3)
+    criterion = Scripted(lambda row, position: 2 * script(row, position))
+    call = {"exit_criterion": criterion, "exit_threshold": 0.5}
+    expected = laws.generate(model, tiny_inputs(9), max_new_tokens=60, ends=None, **call)
+    output = laws.generate(model, tiny_inputs(9), max_new_tokens=60, ends=None, **call, **captured.keywords)
+    assert torch.equal(output.sequences, expected.sequences)
+    assert torch.equal(output.layers_run, expected.layers_run)
+    assert len(captured.graphs) <= 4, "buckets of 1, 4, 8 and 16 rows, all stretches of 2 layers"
+
+
+def test_warm_up_leaves_nothing_to_compile(captured):
+    _, model = pair("untied", 0, early_exit=EarlyExitConfig([1, 4]))
+    model.warm_up(batch_size=8, compile_config=captured.keywords["compile_config"])
+    graphs = len(captured.graphs)
+    assert model.is_prepared and graphs
+    script = pseudo_random_script(5, NUM_LAYERS)
+    call = {"exit_criterion": Scripted(script), "exit_threshold": 0.5, **captured.keywords}
+    laws.generate(model, tiny_inputs(8), max_new_tokens=40, ends=None, **call)
+    assert len(captured.graphs) == graphs
+    with pytest.raises(ValueError, match=r"`exit_layers=\[2\]` has \[2\], which are no exit points"):
+        model.warm_up(exit_layers=[2])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [1, 5])
+def test_inductor_says_the_same(rows, dtype):
+    torch._dynamo.reset()
+    _, model = pair("untied", 1, dtype, early_exit=EarlyExitConfig([2, 4]))
+    model.prepare_for_generation()
+    call = {"exit_criterion": Scripted(pseudo_random_script(3, 4)), "exit_threshold": 0.5}
+    expected = laws.generate(model, tiny_inputs(rows, 1), 1, **call)
+    output = laws.generate(model, tiny_inputs(rows, 1), 1, **call, cache_implementation="static")
+    assert torch.equal(output.layers_run, expected.layers_run)
+    if dtype == torch.float32:
+        assert torch.equal(output.sequences, expected.sequences)
+    tolerance = {"atol": 1e-4, "rtol": 1e-4} if dtype == torch.float32 else {"atol": 5e-2, "rtol": 5e-2}
+    torch.testing.assert_close(output.logits[0], expected.logits[0], **tolerance)
+
+
+# --- parts ----------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def no_isolation(monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda function, fullgraph=False, backend=None: function)
+    yield
+
+
+def test_an_old_torch_is_told_so_before_any_work(monkeypatch):
+    _, model = pair()
+    monkeypatch.setattr(model.encoder, "forward", None)
+    with no_isolation(monkeypatch), pytest.raises(ValueError, match="needs torch 2.13 or later.*disable_compile"):
+        model.generate(**tiny_inputs(1), max_new_tokens=2, cache_implementation="static")
+
+
+def test_a_static_cache_without_compiling():
+    stock, model = pair()
+    expected = laws.stock_generate(stock, tiny_inputs(4))
+    output = laws.generate(model, tiny_inputs(4), cache_implementation="static", disable_compile=True)
+    assert torch.equal(output.sequences, expected.sequences) and not model.is_prepared
+    assert output.past_key_values.capacity == static_capacity(17) == 64
+
+
+def test_options_are_the_librarys_without_its_defaults_for_another_device():
+    from transformers import GenerationConfig
+
+    static = GenerationConfig(cache_implementation="static")
+    assert CompileOptions.of(GenerationConfig(), torch.device("cpu")) is None
+    assert CompileOptions.of(static, torch.device("cpu")) == CompileOptions()
+    assert CompileOptions.of(static, torch.device("cuda")) == CompileOptions(mode="reduce-overhead")
+    static.compile_config = CompileConfig(backend="aot_eager", mode="reduce-overhead")
+    assert CompileOptions.of(static, torch.device("cpu")) == CompileOptions("aot_eager")
+    static.compile_config = CompileConfig(mode="max-autotune")
+    assert CompileOptions.of(static, torch.device("cpu")) == CompileOptions(mode="max-autotune")
+    static.compile_config = CompileConfig(options={"max_autotune": True})
+    assert CompileOptions.of(static, torch.device("cpu")).options == (("max_autotune", True),)
+
+
+def test_buckets_and_filling_up():
+    assert [bucket(rows, False) for rows in (1, 2, 4, 5, 9)] == [1, 4, 4, 5, 9]
+    assert [bucket(rows, True) for rows in (1, 2, 4, 5, 9)] == [1, 4, 4, 8, 16]
+    assert filled_up(torch.tensor([3, 7]), 4).tolist() == [3, 7, 7, 7]
+
+
+def test_runs_of_rows():
+    assert runs_of([2, 3, 5, 6, 6, 6]) == [(0, 2, 2), (2, 4, 5), (4, 5, 6), (5, 6, 6)]
+
+
+@pytest.mark.parametrize("chosen", [[0, 1, 2], [1], [0, 2]])
+def test_layers_are_written_as_one_by_one(chosen):
+    """Rows of equal and of different lengths."""
+    for lengths in ([2, 2, 2], [1, 3, 2]):
+        one, other = (EarlyExitCache(4, 3, 2, 5, capacity=8) for _ in range(2))
+        rows, keys, values = Rows(chosen, 3), torch.randn(2, len(chosen), 2, 5), torch.randn(2, len(chosen), 2, 5)
+        one.lengths, other.lengths = list(lengths), list(lengths)
+        one.write_layers(range(2, 4), rows, keys, values)
+        for place, layer in enumerate((2, 3)):
+            other.write(layer, rows, keys[place][:, :, None], values[place][:, :, None])
+        assert torch.equal(one.keys, other.keys) and torch.equal(one.values, other.values)
+        assert one.filled == other.filled and one.keys.any()

@@ -1,0 +1,202 @@
+"""Planted mutations of what makes decoding fast: for each way to get it wrong, a law that notices.
+
+As in `test_mutations.py`; what is there mutates the walk and the library's blocks, what is here the lean loop, the
+prepared copy and the compiled regions.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import CompileConfig
+
+from hf_earlyexit import cache, layers, lean, t5_compiled, t5_prepared, t5_regions
+from hf_earlyexit.rows import Rows
+from tests import laws
+from tests.test_mutations import swapped
+from tests.tiny import NUM_LAYERS, tiny_inputs, tiny_pair
+from tests.watching import Scripted, pseudo_random_script
+
+
+Prepared, Compiled = t5_prepared.PreparedT5Decoder, t5_compiled.CompiledT5Decoder
+Run = lean.ExitRun
+
+
+# --- the laws -------------------------------------------------------------------------------------------------------
+
+
+def prepared_never():
+    for seed in (0, 1):
+        stock, model = tiny_pair("untied", seed)
+        laws.never_equals_stock(stock, model.prepare_for_generation(), tiny_inputs(4, seed), seed)
+
+
+def prepared_frozen_rows():
+    for seed in (0, 1):
+        stock, model = tiny_pair("untied", seed)
+        script = pseudo_random_script(seed, NUM_LAYERS)
+        laws.follows_frozen_rows(stock, model.prepare_for_generation(), tiny_inputs(4, seed), script, seed)
+
+
+def compiled_frozen_rows():
+    """Rows leave at layers 2 and 4, so that regions are two layers long, and seldom together."""
+    torch._dynamo.reset()
+    _, model = tiny_pair("untied", 1)
+    script = pseudo_random_script(1, 3)
+    call = {"exit_criterion": Scripted(lambda row, position: 2 * script(row, position)), "exit_threshold": 0.5}
+    call |= {"exit_layers": [2, 4]}
+    expected = laws.generate(model, tiny_inputs(5, 1), 1, **call)
+    keywords = {"cache_implementation": "static", "compile_config": CompileConfig(backend="eager")}
+    output = laws.generate(model, tiny_inputs(5, 1), 1, **call, **keywords)
+    assert torch.equal(output.sequences, expected.sequences)
+    for mine, others in zip(output.logits, expected.logits):
+        torch.testing.assert_close(mine, others)
+
+
+def sampling_is_stock():
+    stock, model = tiny_pair("tied", 1)
+    torch.manual_seed(1)
+    expected = laws.stock_generate(stock, tiny_inputs(4, 1), 1, do_sample=True)
+    torch.manual_seed(1)
+    output = laws.generate(model, tiny_inputs(4, 1), 1, do_sample=True)
+    assert torch.equal(output.sequences, expected.sequences)
+
+
+def ended_rows_rest():
+    _, model = tiny_pair("untied", 0)
+    laws.ended_rows_rest(model.prepare_for_generation(), tiny_inputs(7))
+
+
+def state_is_the_last_layers():
+    """`previous` of a criterion is the output of the layer below, prepared as unprepared."""
+    _, model = tiny_pair("untied", 1)
+    call = {"exit_criterion": "state", "exit_threshold": 0.75, "exit_layers": [3, 5]}
+    expected = laws.generate(model, tiny_inputs(4, 1), 1, **call)
+    output = laws.generate(model.prepare_for_generation(), tiny_inputs(4, 1), 1, **call)
+    torch.testing.assert_close(output.exit_confidences, expected.exit_confidences, equal_nan=True)
+    assert torch.equal(output.layers_run, expected.layers_run)
+
+
+# --- the mutations --------------------------------------------------------------------------------------------------
+
+
+@swapped(t5_prepared.Norm, "__call__")
+def skips_the_norms(call):
+    return lambda self, states: states
+
+
+@swapped(Prepared, "project")
+def pays_without_the_norm(project):
+    def mutant(self, layer, states):
+        norm, self.prepared.layers[layer - 1].norm = self.prepared.layers[layer - 1].norm, lambda states: states
+        try:
+            return project(self, layer, states)
+        finally:
+            self.prepared.layers[layer - 1].norm = norm
+
+    return mutant
+
+
+@swapped(t5_prepared.PreparedT5, "stacked")
+def pays_at_once_with_the_layers_below(stacked):
+    def mutant(self, first):
+        lower, upper = stacked(self, first - 1), stacked(self, first)
+        return lambda states: lower(states)[:, : upper.out_features]
+
+    return mutant
+
+
+@swapped(Prepared, "_by_head")
+def swaps_queries_and_keys(by_head):
+    def mutant(self, projected, rows, parts):
+        found = by_head(self, projected, rows, parts)
+        return (found[1], found[0], found[2]) if parts == 3 else found
+
+    return mutant
+
+
+@swapped(Prepared, "run_blocks")
+def takes_the_first_layers_input_for_the_last_ones(run_blocks):
+    def mutant(self, layers, hidden, rows, own_cache):
+        return run_blocks(self, layers, hidden, rows, own_cache)[0], hidden
+
+    return mutant
+
+
+@swapped(layers, "stretches")
+def forgets_a_layer(stretches):
+    return lambda num_layers, points: [one[1:] if len(one) > 1 else one for one in stretches(num_layers, points)]
+
+
+@swapped(cache.EarlyExitCache, "write_layers")
+def writes_regions_to_the_wrong_rows(write_layers):
+    def mutant(self, layers, rows, keys, values):
+        write_layers(self, layers, Rows(range(len(rows)), rows.batch_size, rows.device), keys, values)
+
+    return mutant
+
+
+@swapped(Compiled, "_present")
+def attends_to_a_position_too_few(present):
+    def mutant(self, rows, own_cache):
+        found = present(self, rows, own_cache)
+        found.bias.copy_(found.bias.roll(-1, -1))
+        return found
+
+    return mutant
+
+
+@swapped(t5_compiled, "filled_up")
+def fills_up_with_the_first_row(filled_up):
+    """States are copies of the last row, but are taken for the first one's."""
+
+    def mutant(tensor, size):
+        found = filled_up(tensor, size)
+        if found.dtype == torch.long and len(found) > len(tensor):
+            found[len(tensor) :] = found[0]
+        return found
+
+    return mutant
+
+
+@swapped(t5_regions, "runs_of")
+def attends_to_the_first_rows(runs_of):
+    return lambda rows: [(start, stop, start) for start, stop, _ in runs_of(rows)]
+
+
+@swapped(lean, "choose")
+def never_draws(choose):
+    return lambda scores, do_sample: choose(scores, False)
+
+
+@swapped(Run, "record_finished")
+def lets_ended_rows_run(record_finished):
+    return lambda self, finished: None
+
+
+MUTATIONS = [
+    (skips_the_norms, prepared_never),
+    (pays_without_the_norm, prepared_frozen_rows),
+    (pays_at_once_with_the_layers_below, prepared_frozen_rows),
+    (swaps_queries_and_keys, prepared_never),
+    (takes_the_first_layers_input_for_the_last_ones, state_is_the_last_layers),
+    (forgets_a_layer, prepared_never),
+    (writes_regions_to_the_wrong_rows, compiled_frozen_rows),
+    (attends_to_a_position_too_few, compiled_frozen_rows),
+    (fills_up_with_the_first_row, compiled_frozen_rows),
+    (attends_to_the_first_rows, compiled_frozen_rows),
+    (never_draws, sampling_is_stock),
+    (lets_ended_rows_run, ended_rows_rest),
+]
+
+
+@pytest.mark.parametrize("law", dict.fromkeys(law for _, law in MUTATIONS), ids=lambda law: law.__name__)
+def test_the_law_holds(law):
+    law()
+
+
+@pytest.mark.parametrize("mutation, law", MUTATIONS, ids=lambda one: one.__name__)
+def test_the_law_notices(mutation, law, monkeypatch):
+    mutation(monkeypatch)
+    with pytest.raises(AssertionError):
+        law()
