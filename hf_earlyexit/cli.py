@@ -10,7 +10,7 @@ import argparse
 import os
 import sys
 
-from hf_earlyexit import __version__, cli_calibrate, cli_evaluate, cli_generate
+from hf_earlyexit import __version__, cli_calibrate, cli_evaluate, cli_generate, cli_speed
 from hf_earlyexit.cli_arguments import Verb
 from hf_earlyexit.machine import environment
 
@@ -81,5 +81,6 @@ VERBS = (
     *cli_generate.VERBS,
     *cli_calibrate.VERBS,
     *cli_evaluate.VERBS,
+    *cli_speed.VERBS,
     Verb("env", env, "versions and hardware, for bug reports", ENV, ENV_EXAMPLE),
 )

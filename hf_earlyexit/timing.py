@@ -9,7 +9,7 @@ import gc
 import random
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from itertools import repeat
 from statistics import quantiles
 from typing import Any
@@ -90,11 +90,16 @@ def take_turns(
 
 
 @contextmanager
-def one_thread() -> Iterator[None]:
-    """Torch on one thread, so that times do not depend on how many cores happen to be free."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+def threads(count: int) -> Iterator[None]:
+    """Torch on so many threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
     try:
         yield
     finally:
-        torch.set_num_threads(threads)
+        torch.set_num_threads(before)
+
+
+def one_thread() -> AbstractContextManager[None]:
+    """Torch on one thread, so that times do not depend on how many cores happen to be free."""
+    return threads(1)

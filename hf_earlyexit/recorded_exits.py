@@ -1,0 +1,115 @@
+"""Answers for exits that were recorded: which layers each token of each text ran, and how it was asked.
+
+Reads what the package writes: `exits.json` of the shipped checkpoint, and the lines of `hf-earlyexit generate`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hf_earlyexit.config import is_integer, is_number
+from hf_earlyexit.simulation import draw_layers
+
+
+DRAWN_TEXTS, DRAWN_TOKENS = 256, 64
+
+
+@dataclass(frozen=True)
+class RecordedExits:
+    """Where tokens left.
+
+    Attributes:
+        layers_run: Of every token, text by text.
+        num_layers: Of the decoder; None if the record does not say.
+        exit_layers: Where tokens were asked; None if the record does not say.
+        criterion: What they were asked; None if the record does not say.
+    """
+
+    layers_run: list[list[int]]
+    num_layers: int | None = None
+    exit_layers: tuple[int, ...] | None = None
+    criterion: str | None = None
+
+    def check_against(self, num_layers: int, exit_layers: Sequence[int]) -> None:
+        """Refuse exits of another decoder, or at layers where nobody is asked.
+
+        Raises:
+            ValueError: The message says which and what to do.
+        """
+        if self.num_layers not in (None, num_layers):
+            raise ValueError(
+                f"--exits was recorded with a decoder of {self.num_layers} layers, this one has {num_layers}: "
+                "record this model's with `hf-earlyexit generate --output-file`."
+            )
+        ran = {layer for text in self.layers_run for layer in text}
+        if foreign := sorted(ran - {*exit_layers, num_layers}):
+            raise ValueError(
+                f"--exits has tokens that left after {foreign}, but tokens are asked at {list(exit_layers)} of "
+                f"{num_layers} layers: name with --exit-layers where they were asked when it was recorded."
+            )
+
+
+def read_exits(path: str | Path, seed: int = 0) -> RecordedExits:
+    """Read recorded exits.
+
+    Args:
+        path: A JSON object with `layers_run`, or with a `distribution` that layers are then drawn from; or JSON lines
+            with `layers_run`.
+        seed: Of the drawing.
+
+    Raises:
+        ValueError: It is neither.
+    """
+    text = Path(path).read_text(encoding="utf-8")
+    try:
+        values = json.loads(text)
+        records = values if isinstance(values, list) else [values]
+    except json.JSONDecodeError:
+        records = [_parse(line, f"{path}, line {number}") for number, line in enumerate(text.splitlines(), 1) if line]
+    if len(records) == 1 and isinstance(records[0], dict) and not _is_text(records[0].get("layers_run")):
+        return _of_object(records[0], str(path), seed)
+    return RecordedExits([_layers_of(record, f"{path}, record {place}") for place, record in enumerate(records, 1)])
+
+
+def _parse(line: str, where: str) -> Any:
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where}: not JSON ({error.msg} at column {error.colno})") from error
+
+
+def _layers_of(record: Any, where: str) -> list[int]:
+    layers = record.get("layers_run") if isinstance(record, dict) else None
+    if not _is_text(layers):
+        raise ValueError(f"{where}: `layers_run` must list the layers of each token, such as [2, 4, 8], got {layers}.")
+    return layers
+
+
+def _of_object(values: dict[str, Any], path: str, seed: int) -> RecordedExits:
+    """Of one object for all texts, as `exits.json` is."""
+    setting, num_layers = values.get("setting", {}), values.get("num_layers")
+    asked = setting.get("exit_layers")
+    known = (None if asked is None else tuple(asked), setting.get("exit_criterion"))
+    if "layers_run" not in values and "distribution" in values:
+        shares = _check_distribution(values["distribution"], num_layers, path)
+        return RecordedExits(draw_layers(shares, DRAWN_TEXTS, DRAWN_TOKENS, seed), len(shares), *known)
+    texts = values.get("layers_run")
+    if not isinstance(texts, list) or not texts:
+        raise ValueError(f"{path}: it needs `layers_run`, the layers of each token of each text, or `distribution`.")
+    return RecordedExits([_layers_of({"layers_run": text}, path) for text in texts], num_layers, *known)
+
+
+def _check_distribution(shares: Any, num_layers: int | None, path: str) -> list[float]:
+    if not isinstance(shares, list) or not all(is_number(share) and share >= 0 for share in shares) or not sum(shares):
+        raise ValueError(f"{path}: `distribution` must list the share of tokens that run 1, 2, ... layers.")
+    if num_layers not in (None, len(shares)):
+        raise ValueError(f"{path}: `distribution` has {len(shares)} shares for {num_layers} layers.")
+    return shares
+
+
+def _is_text(layers: Any) -> bool:
+    return isinstance(layers, list) and bool(layers) and all(is_integer(layer) and layer >= 1 for layer in layers)

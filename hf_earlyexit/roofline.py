@@ -1,0 +1,259 @@
+"""Answers for the least time that a decoder could take: bytes and FLOPs of each part, and what a machine makes of it.
+
+Pure arithmetic on a config, a simulated walk and the rates of a machine. Knows no model and measures nothing. Weights
+count once per step and layer if any row comes there, keys and values and the residual stream per row; what lies
+between the products of one sub-layer is taken to stay in the nearest cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from transformers import T5Config
+
+from hf_earlyexit.config import EarlyExitConfig
+from hf_earlyexit.machine_rates import MachineRates
+from hf_earlyexit.simulation import SimulatedWalk
+
+
+LAYERS = "layers"
+CROSS = "cross-attention"
+SOURCE = "source projection"
+CATCH_UP = "catch-up"
+HEADS = "heads"
+REST = "loop and decisions"
+# d_model x d_model maps in an exit head. Classifiers are not counted: they are small and belong to the decisions.
+HEAD_MAPS = {"shared": 0, "norm": 0, "linear": 1, "mlp": 2}
+
+
+@dataclass(frozen=True)
+class DecoderSizes:
+    """What the work of a T5 decoder depends on.
+
+    Attributes:
+        num_layers: Of the decoder.
+        d_model: Width of the residual stream.
+        inner: Width of all heads of an attention together.
+        d_ff: Inner width of a feed-forward.
+        ff_matrices: Matrices in a feed-forward: 3 if gated, else 2.
+        vocabulary: Rows of the vocabulary head.
+        head_maps: d_model x d_model maps in the head of each layer's exit, the last layer's included.
+        value_bytes: Of one number.
+    """
+
+    num_layers: int
+    d_model: int
+    inner: int
+    d_ff: int
+    ff_matrices: int
+    vocabulary: int
+    head_maps: tuple[int, ...]
+    value_bytes: int
+
+    @classmethod
+    def of(cls, config: T5Config, value_bytes: int) -> DecoderSizes:
+        """Of a config, a plain T5's or with exits."""
+        depth = config.num_decoder_layers
+        exits = EarlyExitConfig.from_dict(getattr(config, "early_exit", None)).for_layers(depth)
+        kinds = dict(zip(exits.exit_layers, exits.heads))
+        maps = tuple(HEAD_MAPS[kinds.get(layer, "shared")] for layer in range(1, depth + 1))
+        gated = config.feed_forward_proj.startswith("gated-")
+        inner = config.num_heads * config.d_kv
+        return cls(depth, config.d_model, inner, config.d_ff, 2 + gated, config.vocab_size, maps, value_bytes)
+
+    @property
+    def layer_matrices(self) -> int:
+        """Numbers in the matrices of self-attention and feed-forward."""
+        return self.d_model * (4 * self.inner + self.ff_matrices * self.d_ff)
+
+    @property
+    def projection(self) -> int:
+        """Numbers in two matrices between the stream and the heads: K and V, or Q and output."""
+        return 2 * self.d_model * self.inner
+
+    @property
+    def head_matrix(self) -> int:
+        """Numbers in the vocabulary head."""
+        return self.d_model * self.vocabulary
+
+    @property
+    def weight_bytes(self) -> int:
+        """What a step of full depth reads of weights."""
+        layer = self.layer_matrices + self.projection + 3 * self.d_model
+        return self.value_bytes * (self.num_layers * layer + self.head_matrix + self.d_model)
+
+
+@dataclass(frozen=True)
+class PartWork:
+    """What a part of the decoder does in a walk, each time that it runs.
+
+    Attributes:
+        name: Of the part.
+        rows: `[times]`, rows of its matrix products.
+        bytes: `[times]`, read and written.
+        flops: `[times]`, a multiplication and an addition counted as two.
+    """
+
+    name: str
+    rows: np.ndarray
+    bytes: np.ndarray
+    flops: np.ndarray
+
+
+def parts_of(sizes: DecoderSizes, walk: SimulatedWalk, source: int) -> list[PartWork]:
+    """The work of each part.
+
+    Args:
+        sizes: Of the decoder.
+        walk: What is walked.
+        source: Positions of each row's source.
+    """
+    return [
+        layers_work(sizes, walk),
+        cross_work(sizes, walk, source),
+        source_work(sizes, walk, source),
+        catch_up_work(sizes, walk),
+        heads_work(sizes, walk),
+    ]
+
+
+def layers_work(sizes: DecoderSizes, walk: SimulatedWalk) -> PartWork:
+    """Self-attention and feed-forward: two norms, all positions so far read and one written, the stream in and out."""
+    rows, keys = walk.rows[walk.rows > 0], walk.keys[walk.rows > 0]
+    weights = sizes.layer_matrices + 2 * sizes.d_model
+    numbers = weights + 2 * sizes.inner * (keys + rows) + 4 * sizes.d_model * rows
+    flops = 2 * rows * sizes.layer_matrices + 4 * sizes.inner * keys
+    return PartWork(LAYERS, rows, sizes.value_bytes * numbers, flops)
+
+
+def cross_work(sizes: DecoderSizes, walk: SimulatedWalk, source: int) -> PartWork:
+    """Cross-attention: a norm, Q and output, keys and values of the source read, the stream in and out."""
+    rows = walk.rows[walk.rows > 0]
+    numbers = sizes.projection + sizes.d_model + 2 * rows * (source * sizes.inner + sizes.d_model)
+    flops = 2 * rows * (sizes.projection + 2 * source * sizes.inner)
+    return PartWork(CROSS, rows, sizes.value_bytes * numbers, flops)
+
+
+def source_work(sizes: DecoderSizes, walk: SimulatedWalk, source: int) -> PartWork:
+    """Keys and values of the source, projected where a row comes to a layer for the first time."""
+    positions = source * walk.newcomers[walk.newcomers > 0]
+    return _projected(SOURCE, sizes, positions, norm=0)  # encoder states have been through their norm
+
+
+def catch_up_work(sizes: DecoderSizes, walk: SimulatedWalk) -> PartWork:
+    """Keys and values of owed positions, a norm before them; weights are read once per payment."""
+    return _projected(CATCH_UP, sizes, walk.owed[walk.owed > 0], norm=sizes.d_model)
+
+
+def _projected(name: str, sizes: DecoderSizes, positions: np.ndarray, norm: int) -> PartWork:
+    """States read, keys and values written."""
+    numbers = sizes.projection + norm + positions * (sizes.d_model + 2 * sizes.inner)
+    return PartWork(name, positions, sizes.value_bytes * numbers, 2 * positions * sizes.projection)
+
+
+def heads_work(sizes: DecoderSizes, walk: SimulatedWalk) -> PartWork:
+    """Norm, vocabulary head and its logits, and before it the maps that an exit may have."""
+    maps = np.array(sizes.head_maps)[:, None, None] * sizes.d_model**2 * (walk.head_rows > 0)
+    own = (walk.head_rows[maps > 0], maps[maps > 0], 2 * (maps * walk.head_rows)[maps > 0])
+    rows = walk.head_products[walk.head_products > 0]
+    numbers = sizes.head_matrix + sizes.d_model + rows * (sizes.d_model + sizes.vocabulary)
+    rows, numbers, flops = map(np.concatenate, zip(own, (rows, numbers, 2 * rows * sizes.head_matrix)))
+    return PartWork(HEADS, rows, sizes.value_bytes * numbers, flops)
+
+
+# --- measured against ideal -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class PartTime:
+    """A part of the decoder, per token.
+
+    Attributes:
+        name: Of the part.
+        bytes: Read and written.
+        flops: Multiplications and additions.
+        memory: Seconds in the regime where weights are read once for all rows: bytes over bandwidth.
+        compute: Seconds in the regime where time grows with rows: FLOPs over the rate at that many rows.
+        ideal: Seconds at least: each time that the part runs, the longer of both.
+        measured: Seconds.
+    """
+
+    name: str
+    bytes: float
+    flops: float
+    memory: float
+    compute: float
+    ideal: float
+    measured: float
+
+    @property
+    def binds(self) -> str:
+        """The regime that the part is in: `memory` or `compute`; `-` where it has no work to count."""
+        if not self.bytes:
+            return "-"
+        return "memory" if self.memory >= self.compute else "compute"
+
+    @property
+    def loss(self) -> float:
+        """Seconds above ideal."""
+        return self.measured - self.ideal
+
+
+@dataclass(frozen=True)
+class Roofline:
+    """Measured against ideal, part by part; the parts add up to the whole.
+
+    Attributes:
+        parts: With the remainder, which has no ideal, as the last one.
+        timers: Seconds per token that it takes to time the parts: the whole without timers takes that much less.
+    """
+
+    parts: list[PartTime]
+    timers: float
+
+    @property
+    def ideal(self) -> float:
+        """Seconds per token."""
+        return sum(part.ideal for part in self.parts)
+
+    @property
+    def measured(self) -> float:
+        """Seconds per token, timers included."""
+        return sum(part.measured for part in self.parts)
+
+    @property
+    def fraction(self) -> float:
+        """Of the roofline that is reached, timers taken off."""
+        return self.ideal / (self.measured - self.timers)
+
+    @property
+    def largest_loss(self) -> PartTime:
+        """The part whose time is furthest above its ideal."""
+        return max(self.parts, key=lambda part: part.loss)
+
+
+def compare(
+    work: Sequence[PartWork], rates: MachineRates, seconds: Mapping[str, float], untimed: float, tokens: int
+) -> Roofline:
+    """Hold what was measured against what the machine could do.
+
+    Args:
+        work: Of all that was walked.
+        rates: Of the machine.
+        seconds: Measured for it, by part, the remainder included.
+        untimed: Seconds of the same walk without timers.
+        tokens: Walked.
+    """
+    parts = [part_time(part, rates, seconds.get(part.name, 0.0), tokens) for part in work]
+    nothing = PartWork(REST, *np.zeros((3, 0)))
+    parts.append(part_time(nothing, rates, seconds.get(REST, 0.0), tokens))
+    return Roofline(parts, (sum(seconds.values()) - untimed) / tokens)
+
+
+def part_time(work: PartWork, rates: MachineRates, seconds: float, tokens: int) -> PartTime:
+    """A part per token: both regimes, and which is longer each time that the part runs."""
+    memory, compute = work.bytes / rates.working_bandwidth, work.flops / rates.rate_at(work.rows)
+    sums = (work.bytes, work.flops, memory, compute, np.maximum(memory, compute))
+    return PartTime(work.name, *(float(each.sum()) / tokens for each in sums), seconds / tokens)
