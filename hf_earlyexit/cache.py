@@ -70,7 +70,7 @@ class EarlyExitCache(Cache):
         self.num_heads, self.head_dim = num_heads, head_dim
         self.dtype, self.device = dtype, torch.device(device)
         self.fill, self.catch_up_mode = fill, catch_up
-        self.keys, self.values = self._new_arena(capacity), self._new_arena(capacity)
+        self._hold(self._new_arena(capacity))
         self.device = self.keys.device  # with its number, where a device has one
         self.parked: torch.Tensor | None = None
         self.encoder_states: torch.Tensor | None = None
@@ -125,20 +125,18 @@ class EarlyExitCache(Cache):
         for row in rows:
             filled[row] = self.lengths[row] + length
 
-    def write_layers(self, layers: range, rows: Rows, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Store the current tokens' keys and values `[layers, rows, heads, head]` of neighbouring layers."""
-        first, last = layers[0] - 1, layers[-1]
-        keys, values = keys.to(self.dtype), values.to(self.dtype)
-        start = self._common_length(rows)
-        for arena, new in ((self.keys, keys), (self.values, values)):
-            if start is not None and len(rows.runs) == 1:
-                arena[first:last, rows.runs[0], :, start] = new
-            else:
-                positions = torch.tensor([self.lengths[row] for row in rows], device=self.device)
-                arena[first:last].transpose(0, 1)[rows.index, :, :, positions] = new.transpose(0, 1)
-        for layer in layers:
+    def write_layers(self, layers: range, rows: Rows, keys_values: torch.Tensor) -> None:
+        """Store the current tokens' keys and values `[2, layers, rows, heads, head]` of neighbouring layers."""
+        first, last, start = layers[0] - 1, layers[-1], self._common_length(rows)
+        if start is not None and len(rows.runs) == 1:
+            self.arena[:, first:last, rows.runs[0], :, start] = keys_values
+        else:
+            positions = torch.tensor([self.lengths[row] for row in rows], device=self.device)
+            by_row = self.arena[:, first:last].permute(2, 4, 0, 1, 3, 5)
+            by_row[rows.index, positions] = keys_values.permute(2, 0, 1, 3, 4).to(self.dtype)
+        for filled in self.filled[first:last]:
             for row in rows:
-                self.filled[layer - 1][row] = self.lengths[row] + 1
+                filled[row] = self.lengths[row] + 1
 
     def view(self, layer: int, rows: Rows, length: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of the first `length` positions, as views: of `rows` where these are neighbours, else of
@@ -169,10 +167,9 @@ class EarlyExitCache(Cache):
             return
         capacity = max(needed, 2 * self.capacity)
         used = max(self.lengths)
-        keys, values, parked = self.keys, self.values, self.parked
-        self.keys, self.values = self._new_arena(capacity), self._new_arena(capacity)
-        self.keys[..., :used, :] = keys[..., :used, :]
-        self.values[..., :used, :] = values[..., :used, :]
+        arena, parked = self.arena, self.parked
+        self._hold(self._new_arena(capacity))
+        self.arena[..., :used, :] = arena[..., :used, :]
         if parked is not None:
             self.parked = parked.new_empty((self.num_rows, capacity, parked.shape[-1]))
             self.parked[:, :used] = parked[:, :used]
@@ -256,8 +253,7 @@ class EarlyExitCache(Cache):
         source = torch.tensor([sources[row] for row in moved], device=self.device)
         for layer, filled in enumerate(self.filled):
             if used := max(filled):
-                self.keys[layer, to, :, :used] = self.keys[layer, source, :, :used]
-                self.values[layer, to, :, :used] = self.values[layer, source, :, :used]
+                self.arena[:, layer, to, :, :used] = self.arena[:, layer, source, :, :used]
         if self.parked is not None:
             used = max(self.lengths)
             self.parked[to, :used] = self.parked[source, :used]
@@ -267,7 +263,7 @@ class EarlyExitCache(Cache):
         """Keep the rows `indices`, in that order; a row may be named more than once, or not at all."""
         sources = indices.tolist()
         index = indices.to(self.device)
-        self.keys, self.values = self.keys.index_select(1, index), self.values.index_select(1, index)
+        self._hold(self.arena.index_select(2, index))
         select = lambda tensor: None if tensor is None else tensor.index_select(0, index)  # noqa: E731
         self.parked, self.encoder_states = select(self.parked), select(self.encoder_states)
         self.cross_keys = [select(keys) for keys in self.cross_keys]
@@ -337,11 +333,16 @@ class EarlyExitCache(Cache):
     @property
     def nbytes(self) -> int:
         """Bytes allocated: keys, values, parked states, cross-attention keys and values."""
-        tensors = [self.keys, self.values, self.parked, *self.cross_keys, *self.cross_values]
+        tensors = [self.arena, self.parked, *self.cross_keys, *self.cross_values]
         return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
+    def _hold(self, arena: torch.Tensor) -> None:
+        """Take `arena [2, layers, batch, heads, capacity, head]`; `keys` and `values` are views of it."""
+        self.arena = arena
+        self.keys, self.values = arena.unbind()
+
     def _new_arena(self, capacity: int) -> torch.Tensor:
-        shape = (self.num_layers, self.num_rows, self.num_heads, capacity, self.head_dim)
+        shape = (2, self.num_layers, self.num_rows, self.num_heads, capacity, self.head_dim)
         # Zeros, since a shorter row's unwritten positions are masked out, and what is masked must be finite. Some in
         # front, since a graph compiled for a tensor that starts in the middle of its memory does not take one that
         # starts at 0, and the layers are to share graphs.

@@ -57,8 +57,8 @@ class Decoder(Protocol):
     def project(self, layer: int, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values `[positions, heads, head]` that `layer` makes of `states [positions, hidden]`."""
 
-    def project_layers(self, layers: range, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values `[layers, positions, heads, head]` that these last layers make of `states`, in one go where
+    def project_layers(self, layers: range, states: torch.Tensor) -> torch.Tensor:
+        """Keys and values `[2, layers, positions, heads, head]` that these last layers make of `states`, together where
         that is faster."""
 
     def head_input(self, layer: int, hidden: torch.Tensor) -> torch.Tensor:
@@ -158,7 +158,7 @@ def owe(decoder: Decoder, departure: Departure, cache: EarlyExitCache, run: Exit
     if cache.fill == "lazy":
         return cache.park(departure.rows, departure.hidden)
     layers = range(departure.layer + 1, decoder.num_layers + 1)
-    cache.write_layers(layers, departure.rows, *decoder.project_layers(layers, departure.hidden))
+    cache.write_layers(layers, departure.rows, decoder.project_layers(layers, departure.hidden))
     for layer in layers:
         run.work.filled_positions[layer] += len(departure.rows)
 

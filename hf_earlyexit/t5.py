@@ -147,9 +147,8 @@ class T5Decoder:
         part = self.blocks[layer - 1].layer[0]
         return self._keys_values(part.SelfAttention, part.layer_norm(states))
 
-    def project_layers(self, layers: range, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        keys, values = zip(*(self.project(layer, states) for layer in layers))
-        return torch.stack(keys), torch.stack(values)
+    def project_layers(self, layers: range, states: torch.Tensor) -> torch.Tensor:
+        return torch.stack([torch.stack(self.project(layer, states)) for layer in layers], dim=1)
 
     def project_source(self, layer: int, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Cross-attention keys and values `[rows, heads, source, head]` of `states [rows, source, hidden]`."""

@@ -51,8 +51,8 @@ class CompiledT5Decoder(PreparedT5Decoder):
             part = range(first, min(first + LONGEST_REGION, layers.stop))
             weights = [self.region_layers[layer - 1] for layer in part]
             pasts = [self._past(layer, cache) for layer in part]
-            states, previous, keys, values = self.compiled(states, weights, pasts, self.present)
-            cache.write_layers(part, rows, keys[:, : len(rows)], values[:, : len(rows)])
+            states, previous, keys_values = self.compiled(states, weights, pasts, self.present)
+            cache.write_layers(part, rows, keys_values[:, :, : len(rows)])
         return states[: len(rows), None], previous[: len(rows), None]
 
     def begin_step(self, rows: Rows, cache: EarlyExitCache, length: int) -> None:

@@ -105,7 +105,8 @@ class PreparedT5Decoder(T5Decoder):
         self.pads_source = self.cross_mask.shape[0] > 1
 
     def run_block(self, layer: int, hidden: torch.Tensor, rows: Rows, cache: EarlyExitCache) -> torch.Tensor:
-        return self.run_blocks(range(layer, layer + 1), hidden, rows, cache)[0]
+        # These ones also where stretches of a single position are run otherwise.
+        return PreparedT5Decoder.run_blocks(self, range(layer, layer + 1), hidden, rows, cache)[0]
 
     def run_blocks(
         self, layers: range, hidden: torch.Tensor, rows: Rows, cache: EarlyExitCache
@@ -125,15 +126,19 @@ class PreparedT5Decoder(T5Decoder):
     def self_attention(self, layer: int, states: torch.Tensor, rows: Rows, cache: EarlyExitCache) -> torch.Tensor:
         """`states [rows x length, hidden]` with what self-attention adds; writes the rows' keys and values."""
         weights = self.prepared.layers[layer - 1]
-        query, keys, values = self._by_head(weights.query_keys_values(weights.norm(states)), rows, 3)
-        cache.write(layer, rows, keys, values)
+        parts = self._by_head(weights.query_keys_values(weights.norm(states)), rows, 3)
+        query = parts[0]
+        if self.new_positions == 1:
+            cache.write_layers(range(layer, layer + 1), rows, parts[1:, None, :, :, 0])
+        else:
+            cache.write(layer, rows, *parts[1:])
         keys, values = cache.view(layer, rows, self.view.self_attention_cache.length)
         return states + weights.output(self._attend(query, keys, values, rows, self.row_self_bias))
 
     def cross_attention(self, layer: int, states: torch.Tensor, rows: Rows, cache: EarlyExitCache) -> torch.Tensor:
         """`states [rows x length, hidden]` with what attention to the source adds."""
         weights = self.prepared.layers[layer - 1]
-        (query,) = self._by_head(weights.cross_query(weights.cross_norm(states)), rows, 1)
+        query = self._by_head(weights.cross_query(weights.cross_norm(states)), rows, 1)[0]
         mask = self.row_cross_mask if self.pads_source else None
         return states + weights.cross_output(self._attend(query, *cache.cross_view(layer, rows), rows, mask))
 
@@ -148,11 +153,11 @@ class PreparedT5Decoder(T5Decoder):
             inner = weights.activation(inner)
         return states + weights.feed_out(inner)
 
-    def _by_head(self, projected: torch.Tensor, rows: Rows, parts: int) -> tuple[torch.Tensor, ...]:
-        """The parts `[rows, heads, length, head]` of `projected [rows x length at least, parts x heads x head]`."""
+    def _by_head(self, projected: torch.Tensor, rows: Rows, parts: int) -> torch.Tensor:
+        """`[parts, rows, heads, length, head]` of `projected [rows x length at least, parts x heads x head]`."""
         length = self.new_positions
         heads = projected[: len(rows) * length].view(len(rows), length, parts, -1, self.head_dim)
-        return heads.permute(2, 0, 3, 1, 4).unbind()
+        return heads.permute(2, 0, 3, 1, 4)
 
     def _attend(self, query, keys, values, rows: Rows, bias: torch.Tensor | None) -> torch.Tensor:
         """`[rows x length at least, heads x head]`."""
@@ -169,12 +174,11 @@ class PreparedT5Decoder(T5Decoder):
         shape = (len(states), -1, self.head_dim)
         return keys.view(shape), values.view(shape)
 
-    def project_layers(self, layers: range, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def project_layers(self, layers: range, states: torch.Tensor) -> torch.Tensor:
         normed = self.prepared.stacked_norm(at_least_a_tile(states))
         projected = self.prepared.stacked(layers.start)(normed)[: len(states)]
         projected = projected.view(len(states), len(layers), 2, -1, self.head_dim)
-        keys, values = projected.permute(2, 1, 0, 3, 4)
-        return keys, values
+        return projected.permute(2, 1, 0, 3, 4)
 
     def lm_head(self, head_input: torch.Tensor) -> torch.Tensor:
         return self.prepared.lm_head(at_least_a_tile(head_input))[: len(head_input)]

@@ -58,7 +58,7 @@ class Present(NamedTuple):
 
 
 class Region:
-    """`(states, layers, pasts, present) -> states, the states before the last layer, keys, values`.
+    """`(states, layers, pasts, present) -> states, the states before the last layer, keys and values`.
 
     Args:
         activation: Of the feed-forward part.
@@ -75,15 +75,15 @@ class Region:
 
     def __call__(
         self, states: torch.Tensor, layers: Sequence[RegionLayer], pasts: Sequence[Past], present: Present
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """As the class says; `states [bucket, hidden]`, `keys` and `values [layers, bucket, heads, head]`."""
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """As the class says; `states [bucket, hidden]`, keys and values `[2, layers, bucket, heads, head]`."""
         keys, values, previous = [], [], states
         for layer, past in zip(layers, pasts):
             previous = states
             states, key, value = self.layer(states, layer, past, present)
             keys.append(key)
             values.append(value)
-        return states, previous, torch.stack(keys), torch.stack(values)
+        return states, previous, torch.stack([torch.stack(keys), torch.stack(values)])
 
     def layer(self, states: torch.Tensor, layer: RegionLayer, past: Past, present: Present):
         """One layer: the states after it, and its new keys and values `[bucket, heads, head]`."""

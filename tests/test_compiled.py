@@ -246,7 +246,7 @@ def test_layers_are_written_as_one_by_one(chosen):
         one, other = (EarlyExitCache(4, 3, 2, 5, capacity=8) for _ in range(2))
         rows, keys, values = Rows(chosen, 3), torch.randn(2, len(chosen), 2, 5), torch.randn(2, len(chosen), 2, 5)
         one.lengths, other.lengths = list(lengths), list(lengths)
-        one.write_layers(range(2, 4), rows, keys, values)
+        one.write_layers(range(2, 4), rows, torch.stack([keys, values]))
         for place, layer in enumerate((2, 3)):
             other.write(layer, rows, keys[place][:, :, None], values[place][:, :, None])
         assert torch.equal(one.keys, other.keys) and torch.equal(one.values, other.values)

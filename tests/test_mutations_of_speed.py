@@ -110,7 +110,7 @@ def pays_at_once_with_the_layers_below(stacked):
 def swaps_queries_and_keys(by_head):
     def mutant(self, projected, rows, parts):
         found = by_head(self, projected, rows, parts)
-        return (found[1], found[0], found[2]) if parts == 3 else found
+        return found[[1, 0, 2]] if parts == 3 else found
 
     return mutant
 
@@ -130,8 +130,8 @@ def forgets_a_layer(stretches):
 
 @swapped(cache.EarlyExitCache, "write_layers")
 def writes_regions_to_the_wrong_rows(write_layers):
-    def mutant(self, layers, rows, keys, values):
-        write_layers(self, layers, Rows(range(len(rows)), rows.batch_size, rows.device), keys, values)
+    def mutant(self, layers, rows, keys_values):
+        write_layers(self, layers, Rows(range(len(rows)), rows.batch_size, rows.device), keys_values)
 
     return mutant
 
