@@ -91,7 +91,7 @@ def load_model(arguments: argparse.Namespace):
 
 def prepared_if_asked(arguments: argparse.Namespace, model):
     """The model, with a copy of its weights that decoding is faster with if that was asked for."""
-    return model.prepare_for_generation() if arguments.prepared else model
+    return model.prepare_for_generation() if arguments.prepared or vars(arguments).get("compiled") else model
 
 
 def check_criterion(criterion: str | None, model) -> None:
@@ -121,6 +121,9 @@ def add_roofline_arguments(parser: argparse.ArgumentParser) -> None:
     """What `roofline` takes."""
     add_speed_arguments(parser)
     parser.add_argument("--depth", type=positive, metavar="LAYER", help="every token leaves after this layer")
+    parser.add_argument(
+        "--compiled", action="store_true", help="prepared, and on compiled regions: minutes to begin with"
+    )
     shape = parser.add_argument_group("a shape instead of a model: gated T5, heads of 64, random weights")
     shape.add_argument("--layers", type=positive, metavar="N", help="of the decoder (12)")
     shape.add_argument("--d-model", type=positive, metavar="N", help="a multiple of 64 (768)")
@@ -131,6 +134,7 @@ def add_roofline_arguments(parser: argparse.ArgumentParser) -> None:
 def roofline(arguments: argparse.Namespace) -> int:
     """The verb `roofline`."""
     check_roofline_arguments(arguments)
+    from hf_earlyexit.compiling import CompileOptions
     from hf_earlyexit.recorded_exits import read_exits
     from hf_earlyexit.timing import threads
     from hf_earlyexit.walk_times import measure_roofline
@@ -148,6 +152,7 @@ def roofline(arguments: argparse.Namespace) -> int:
             criterion,
             **sizes,
             rounds=arguments.rounds,
+            compiling=CompileOptions.on(model.device) if arguments.compiled else None,
             after_round=bar.update,
         )
     print(speed_tables.describe_rates(rates))
@@ -159,7 +164,14 @@ def roofline(arguments: argparse.Namespace) -> int:
     result = {"fraction": found.fraction, "timers": found.timers, "largest_loss": found.largest_loss.name}
     write_json(
         arguments.json_out,
-        {**measured_on(arguments), **setting, "rates": asdict(rates), "parts": parts, **result},
+        {
+            **measured_on(arguments),
+            "compiled": arguments.compiled,
+            **setting,
+            "rates": asdict(rates),
+            "parts": parts,
+            **result,
+        },
     )
     return 0
 

@@ -44,11 +44,16 @@ class CompileOptions:
             )
         given = config.compile_config
         if given is None:
-            return cls(mode=None if device.type == "cpu" else "reduce-overhead")
+            return cls.on(device)
         options = None if given.options is None else tuple(sorted(given.options.items()))
         # The library's default mode is about CUDA graphs.
         mode = None if options or (device.type == "cpu" and given.mode == "reduce-overhead") else given.mode
         return cls(given.backend, mode, options)
+
+    @classmethod
+    def on(cls, device: torch.device) -> CompileOptions:
+        """The usual ones: with CUDA graphs where there is CUDA."""
+        return cls(mode=None if device.type == "cpu" else "reduce-overhead")
 
     def compile(self, function: Callable) -> Callable:
         """The function, compiled when it is first called with arguments of a kind."""

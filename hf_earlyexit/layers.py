@@ -58,8 +58,7 @@ class Decoder(Protocol):
         """Keys and values `[positions, heads, head]` that `layer` makes of `states [positions, hidden]`."""
 
     def project_layers(self, layers: range, states: torch.Tensor) -> torch.Tensor:
-        """Keys and values `[2, layers, positions, heads, head]` that these last layers make of `states`, together where
-        that is faster."""
+        """Keys and values `[2, layers, positions, heads, head]` that these last layers make of `states`."""
 
     def head_input(self, layer: int, hidden: torch.Tensor) -> torch.Tensor:
         """What the LM head sees of `hidden [rows, hidden]` when it leaves after `layer`."""

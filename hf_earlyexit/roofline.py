@@ -102,6 +102,13 @@ class PartWork:
     flops: np.ndarray
 
 
+def together(parts: Sequence[PartWork], *names: str) -> list[PartWork]:
+    """The parts, those of these names as one, where they cannot be timed apart."""
+    chosen, others = ([part for part in parts if (part.name in names) == is_in] for is_in in (True, False))
+    work = (np.concatenate([getattr(part, name) for part in chosen]) for name in ("rows", "bytes", "flops"))
+    return [PartWork(names[0], *work), *others]
+
+
 def parts_of(sizes: DecoderSizes, walk: SimulatedWalk, source: int) -> list[PartWork]:
     """The work of each part.
 

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from hf_earlyexit.cache import EarlyExitCache
+from hf_earlyexit.compiling import CompileOptions
 from hf_earlyexit.layers import Decoder, decode_step
 from hf_earlyexit.policies import ExitCriterion, ExitPoint
 from hf_earlyexit.roofline import CATCH_UP, CROSS, HEADS, LAYERS, REST, SOURCE
@@ -62,6 +63,7 @@ def walk(
     script: Replay,
     exit_layers: Sequence[int],
     watch: Stopwatch | None = None,
+    compiling: CompileOptions | None = None,
 ) -> Walked:
     """Write as many tokens as the script has steps, always the likeliest, whatever the end token says.
 
@@ -71,11 +73,12 @@ def walk(
         script: Where rows leave.
         exit_layers: Where they are asked.
         watch: Adds up the parts' time; None: nothing is timed, and nothing is in the way.
+        compiling: Run compiled regions, which needs a prepared model; None: its blocks.
     """
     settings = ExitSettings(early_exit=True, exit_criterion=script, exit_threshold=0.5)
     rows, steps = len(states), len(script.layers)
     cache = cache_for(model, states, steps)
-    decoder = model._new_decoder(cache, None, None)
+    decoder = model._new_decoder(cache, None, None, compiling)
     run = ExitRun(settings, frozenset(exit_layers), decoder.num_layers, rows, steps + 1, states.device)
     ids = torch.full((rows, 1), model.config.decoder_start_token_id, device=states.device)
     if watch is None:
@@ -100,10 +103,16 @@ def source_states(model: Any, rows: int, source: int) -> torch.Tensor:
     return states.to(model.device, model.decoder_adapter.shape(model).dtype)
 
 
-def timed(model: Any, states: torch.Tensor, script: Replay, exit_layers: Sequence[int]) -> dict[str, float]:
-    """Seconds of a walk, by part; see `walk`."""
+def timed(
+    model: Any,
+    states: torch.Tensor,
+    script: Replay,
+    exit_layers: Sequence[int],
+    compiling: CompileOptions | None = None,
+) -> dict[str, float]:
+    """Seconds of a walk, by part; see `walk`. Compiled, cross-attention is among the layers."""
     watch = Stopwatch(clock_on(states.device), REST)
-    walk(model, states, script, exit_layers, watch)
+    walk(model, states, script, exit_layers, watch, compiling)
     return dict(watch.seconds)
 
 

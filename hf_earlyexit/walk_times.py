@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 
+from hf_earlyexit.compiling import CompileOptions
 from hf_earlyexit.machine_rates import MachineRates
 from hf_earlyexit.policies import CRITERIA, WITH_CANDIDATES
-from hf_earlyexit.roofline import DecoderSizes, Roofline, compare, parts_of
+from hf_earlyexit.roofline import CROSS, LAYERS, DecoderSizes, Roofline, compare, parts_of, together
 from hf_earlyexit.simulation import pieces_of, simulate
 from hf_earlyexit.timed_walk import Replay, seconds_of, source_states, timed, walk
 from hf_earlyexit.timing import take_turns
@@ -42,6 +43,7 @@ def measure_roofline(
     source: int = 64,
     new_tokens: int = 48,
     rounds: int = 5,
+    compiling: CompileOptions | None = None,
     after_round: Callable[[], Any] = int,
 ) -> tuple[Roofline, MachineRates, float]:
     """Measure a decoder beside the machine, at the thread count in force.
@@ -55,6 +57,7 @@ def measure_roofline(
         source: Positions of each row's source.
         new_tokens: Of each piece.
         rounds: Batches of pieces that are timed.
+        compiling: Run compiled regions, in which layers and cross-attention are one part; the model must be prepared.
         after_round: Called after each.
 
     Returns:
@@ -66,11 +69,12 @@ def measure_roofline(
     asked = CRITERIA[criterion]() if criterion and exit_layers else None
     states = source_states(model, batch_size, source)
     replays = [Replay(script, asked) for script in scripts]
-    times = time_walks(model, states, replays, exit_layers, after_round)
+    times = time_walks(model, states, replays, exit_layers, compiling, after_round)
     dtype = model.decoder_adapter.shape(model).dtype
     sizes = DecoderSizes.of(model.config, dtype.itemsize)
     rates = MachineRates.measure(sizes.weight_bytes, dtype, states.device)
     work = parts_of(sizes, walked, source)
+    work = work if compiling is None else together(work, LAYERS, CROSS)
     return compare(work, rates, times.parts, times.untimed, walked.tokens), rates, walked.mean_layers
 
 
@@ -79,25 +83,31 @@ def time_walks(
     states: torch.Tensor,
     replays: Sequence[Replay],
     exit_layers: Sequence[int],
+    compiling: CompileOptions | None = None,
     after_round: Callable[[], Any] = int,
 ) -> WalkTimes:
     """Walk each script with timers and without, in random order; one of them beforehand, to warm up."""
     times = WalkTimes()
-    rounds = calls_of_rounds(model, states, replays, exit_layers, times)
+    rounds = calls_of_rounds(model, states, replays, exit_layers, times, compiling)
     take_turns(rounds, Random(0), after_round)
     return times
 
 
 def calls_of_rounds(
-    model: Any, states: torch.Tensor, replays: Sequence[Replay], exit_layers: Sequence[int], times: WalkTimes
+    model: Any,
+    states: torch.Tensor,
+    replays: Sequence[Replay],
+    exit_layers: Sequence[int],
+    times: WalkTimes,
+    compiling: CompileOptions | None = None,
 ) -> Iterator[dict[str, Callable[[], Any]]]:
     """The calls of each round; what those of the first one find is thrown away."""
 
     def with_timers(replay: Replay, into: WalkTimes) -> None:
-        into.parts.update(timed(model, states, replay, exit_layers))
+        into.parts.update(timed(model, states, replay, exit_layers, compiling))
 
     def without(replay: Replay, into: WalkTimes) -> None:
-        into.untimed += seconds_of(states, partial(walk, model, states, replay, exit_layers))
+        into.untimed += seconds_of(states, partial(walk, model, states, replay, exit_layers, None, compiling))
 
     for replay, into in [(replays[0], WalkTimes()), *((replay, times) for replay in replays)]:
         yield {"timed": partial(with_timers, replay, into), "untimed": partial(without, replay, into)}

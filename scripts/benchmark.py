@@ -53,6 +53,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--batch", **numbers, default=[1], help="rows of grid and fill (1)")
     parser.add_argument("--only", type=lambda text: text.split(","), default=[], help="kinds of calls of grid (all)")
     parser.add_argument("--own", action="store_true", help="hold rows and phase against our own loop, all prepared")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of grid (%(default)s)")
     parser.add_argument("--threads", type=int, default=1, help="of torch and CTranslate2 (%(default)s)")
     parser.add_argument("--source", **numbers, default=[16, 128, 512], help="source tokens (16,128,512)")
     parser.add_argument("--leaving", **numbers, default=[0, 1, 4, 7, 8], help=f"k of {BATCH} rows (0,1,4,7,8)")
@@ -113,6 +114,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     on_grid, order = bool(set(args.cases) & set(GRID_CASES)), random.Random(args.seed)
     if on_grid:
         bench = GridBench(early_exit_config(*SHAPES[args.shape]), args.new_tokens)
+        bench.ours.to(getattr(torch, args.dtype))
     else:
         sizes = (
             (3, 32, 2, 16, 64, 100) if args.quick else (args.layers, args.d_model, args.d_model // 64, 64, 2048, 8000)

@@ -6,6 +6,7 @@ on compiled regions of it. Exits are forced after a layer, or replayed from the 
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from benchmark_models import Bar, Bench, Case, pieces, translator_of
 from transformers import CompileConfig
 
 from hf_earlyexit import ExitPoint
+from hf_earlyexit.extras import require
 
 
 COMPILED = {"cache_implementation": "static"}
@@ -100,7 +102,13 @@ class Cell:
         if self.wants("plain"):
             self.add("plain never", self.bench.ours, NEVER)
             self.bar("plain never / stock", "plain never", self.stock(1))
-        if self.wants("stock compiled"):
+        if "int8" in self.only:
+            self.add("int8 plain never", self.bench.quantised, NEVER)
+            self.bar("int8 plain never / stock", "int8 plain never", self.stock(1))
+            half = {"exit_criterion": "fixed", "exit_layer": self.depths[1]}
+            self.add(f"int8 plain exit after {self.depths[1]}", self.bench.quantised, half)
+            self.bar("int8 plain exit / stock", f"int8 plain exit after {self.depths[1]}", self.stock(1))
+        if "stock compiled" in self.only:
             config = CompileConfig(mode="default")
             config._compile_all_devices = True
             options = {"cache_implementation": "static", "compile_config": config}
@@ -213,6 +221,15 @@ class GridBench(Bench):
     @cached_property
     def prepared(self):
         return self.alias().prepare_for_generation()
+
+    @cached_property
+    def quantised(self):
+        """Ours with int8 weights by torchao, all but heads."""
+        quantization = require("torchao.quantization", "test")
+        model = copy.deepcopy(self.ours)
+        is_inner = lambda module, name: isinstance(module, torch.nn.Linear) and "head" not in name  # noqa: E731
+        quantization.quantize_(model, quantization.Int8WeightOnlyConfig(), filter_fn=is_inner)
+        return model
 
     def translator(self, compute_type: str):
         if compute_type not in self._translators:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers.modeling_outputs import BaseModelOutput
 
+from hf_earlyexit.compiling import CompileOptions
 from hf_earlyexit.policies import SoftmaxResponse
 from hf_earlyexit.roofline import CATCH_UP, CROSS, HEADS, LAYERS, REST, SOURCE
 from hf_earlyexit.simulation import pieces_of, simulate
@@ -157,7 +158,7 @@ def test_rounds_are_timed_apart_from_the_one_that_warms_up(model, monkeypatch):
     walked = []
     monkeypatch.setattr(
         "hf_earlyexit.walk_times.timed",
-        lambda model, states, replay, exits: walked.append(replay) or {REST: 10.0, HEADS: 1.0},
+        lambda model, states, replay, exits, compiling: walked.append(replay) or {REST: 10.0, HEADS: 1.0},
     )
     replays = [Replay(piece) for piece in pieces_of([[1, 3, 6, 2, 5]], 3, 2, 4)]
     times = time_walks(model, source_states(model, 2, 6), replays, EXITS)
@@ -174,3 +175,15 @@ def test_a_roofline_of_a_real_model(model, monkeypatch):
     assert mean_layers == 10 / 3 and rates.working_set > 0
     assert all(part.measured > 0 for part in found.parts)
     assert all(part.ideal >= max(part.memory, part.compute) * (1 - 1e-9) for part in found.parts)
+
+
+def test_a_roofline_of_compiled_regions_has_layers_and_cross_attention_in_one(model, monkeypatch):
+    monkeypatch.setattr("hf_earlyexit.machine_rates.LARGE", 2**21)
+    model = copy.deepcopy(model).prepare_for_generation()
+    walked = {"batch_size": 2, "source": 5, "new_tokens": 6, "rounds": 2}
+    apart, *_ = measure_roofline(model, [[1, 6, 3]], EXITS, "softmax", **walked)
+    found, *_ = measure_roofline(model, [[1, 6, 3]], EXITS, "softmax", **walked, compiling=CompileOptions("eager"))
+    assert {part.name for part in found.parts} == PARTS - {CROSS}
+    work = {part.name: part.bytes for part in apart.parts}
+    assert found.parts[0].name == LAYERS and found.parts[0].measured > 0
+    assert found.parts[0].bytes == pytest.approx(work[LAYERS] + work[CROSS])
