@@ -19,12 +19,13 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import resource
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
-from benchmark_grid import Cell, GridBench, fill_case, vain_case
+from benchmark_grid import Cell, GridBench, fill_case, shipped_case, vain_case
 from benchmark_mechanism import batch1_case, ctranslate2_case, phase_case, rows_case
 from benchmark_models import BATCH, Bench, Case, OwnBench, early_exit_config, import_ctranslate2, translator_of
 from benchmark_report import describe, measure_until_steady, print_case, surroundings
@@ -34,7 +35,7 @@ from hf_earlyexit.timing import CLOCKS
 
 
 CASES = ("batch1", "rows", "phase", "ctranslate2")
-GRID_CASES = ("grid", "vain", "fill")
+GRID_CASES = ("grid", "vain", "fill", "shipped")
 SHAPES = {
     "calm": (8, 512, 6, 64, 1024, 8000),
     "base": (12, 768, 12, 64, 2048, 8000),
@@ -80,6 +81,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def make_grid_cases(bench: GridBench, args: argparse.Namespace) -> Iterator[Case]:
     """The cells asked for, each when its turn comes."""
+    if "shipped" in args.cases:
+        yield from (shipped_case(rows) for rows in args.batch)
     for source in args.source:
         for rows in args.batch:
             if "grid" in args.cases:
@@ -105,6 +108,14 @@ def make_cases(bench: Bench, args: argparse.Namespace) -> Iterator[Case]:
             yield ctranslate2_case(bench, min(args.source), rows, translator)
 
 
+def peak_memory() -> dict[str, int]:
+    """MiB that this process has held at most: of one kind of call where `--only` names one beside stock."""
+    found = {"resident": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024}
+    if torch.cuda.is_available():
+        found["cuda"] = torch.cuda.max_memory_allocated() // 2**20
+    return found
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     args, start = parse(arguments), time.perf_counter()
     if "ctranslate2" in args.cases:
@@ -128,8 +139,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for case in (make_grid_cases if on_grid else make_cases)(bench, args):
         report["cases"].append(describe(case, measure_until_steady(case, args, order), args.clock))
         print_case(report["cases"][-1], args)
-    report |= {"load_after": load(), "minutes": round((time.perf_counter() - start) / 60, 1)}
-    print(f"\nload_after: {report['load_after']}; {report['minutes']} minutes in all")
+    report |= {
+        "peak_memory_mib": peak_memory(),
+        "load_after": load(),
+        "minutes": round((time.perf_counter() - start) / 60, 1),
+    }
+    print(
+        f"\nload_after: {report['load_after']}; {report['minutes']} minutes in all; memory {report['peak_memory_mib']}"
+    )
     if args.json_out is not None:
         args.json_out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(report))

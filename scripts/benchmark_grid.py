@@ -19,7 +19,9 @@ from benchmark_models import Bar, Bench, Case, pieces, translator_of
 from transformers import CompileConfig
 
 from hf_earlyexit import ExitPoint
+from hf_earlyexit.default import default_inputs, load_default
 from hf_earlyexit.extras import require
+from hf_earlyexit.stock import stock_of
 
 
 COMPILED = {"cache_implementation": "static"}
@@ -263,4 +265,39 @@ def fill_case(bench: GridBench, rows: int, source: int) -> Case:
             cell.case = case
             cell.count(f"{kind} {fill}", bench.prepared, settings)
         case.bars.append(Bar(f"{kind}, eager / lazy", f"{kind} eager", {f"{kind} lazy": 1}))
+    return case
+
+
+SHIPPED = {
+    "never": NEVER,
+    "classifier 0.9, certified": {"exit_criterion": "classifier", "exit_threshold": 0.9},
+    "classifier 0.6, rule batch": {"exit_criterion": "classifier", "exit_threshold": 0.6, "batch_exit": "batch"},
+    "softmax 0.5 at 2, 4, 6": {"exit_criterion": "softmax", "exit_threshold": 0.5, "exit_layers": [2, 4, 6]},
+    "softmax 0.5 at 2, 4, 6, 8 candidates": {
+        **{"exit_criterion": "softmax", "exit_threshold": 0.5, "exit_layers": [2, 4, 6]},
+        "exit_candidates": 8,
+    },
+}
+
+
+def shipped_case(rows: int) -> Case:
+    """The embedded checkpoint on its own inputs, whole texts, encoder included, against its stock class."""
+    model, tokenizer = load_default()
+    stock, prepared, inputs = stock_of(model), copy.copy(model).prepare_for_generation(), default_inputs()
+    groups = [inputs[start : start + rows] for start in range(0, len(inputs), rows)]
+    batches = [tokenizer(group, return_tensors="pt", padding=True) for group in groups]
+    case = Case(f"shipped, batch {rows}, {len(inputs)} inputs of its own, encoder included")
+
+    def add(name: str, one: Any, settings: dict[str, Any]) -> None:
+        case.calls[name] = lambda: [one.generate(**batch, **settings) for batch in batches]
+        if name != "stock":
+            case.bars.append(Bar(f"{name} / stock", name, {"stock": 1}))
+
+    add("stock", stock, {})
+    for depth in (4, 7):
+        add(f"stock cut to {depth}", stock_of(model, depth), {})
+    add("plain never", model, NEVER)
+    for name, settings in SHIPPED.items():
+        add(f"prepared {name}", prepared, settings)
+        add(f"compiled {name}", prepared, settings | COMPILED)
     return case
