@@ -263,7 +263,9 @@ class EarlyExitCache(Cache):
         """Keep the rows `indices`, in that order; a row may be named more than once, or not at all."""
         sources = indices.tolist()
         index = indices.to(self.device)
-        self._hold(self.arena.index_select(2, index))
+        self.num_rows = len(sources)
+        arena, old = self._new_arena(self.capacity), self.arena
+        self._hold(arena.copy_(old.index_select(2, index)))
         select = lambda tensor: None if tensor is None else tensor.index_select(0, index)  # noqa: E731
         self.parked, self.encoder_states = select(self.parked), select(self.encoder_states)
         self.cross_keys = [select(keys) for keys in self.cross_keys]

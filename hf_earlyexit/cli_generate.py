@@ -104,7 +104,7 @@ def generate(arguments: argparse.Namespace) -> int:
     records = read_records(arguments.input_file, arguments.input_field)
     check_arguments(arguments)
     model, tokenizer = load(arguments)
-    if arguments.dtype != "float16":  # which cannot be prepared
+    if can_be_prepared(model):
         model.prepare_for_generation()
     tally = Tally(model.config.num_decoder_layers)
     with open_output(arguments.output_file) as output, progress(len(records), output) as bar:
@@ -115,6 +115,14 @@ def generate(arguments: argparse.Namespace) -> int:
             bar.update(len(batch))
     print(tally.summary(), file=sys.stderr)
     return 0
+
+
+def can_be_prepared(model) -> bool:
+    """Whether a copy of the weights would be faster, and is possible."""
+    import torch
+
+    is_quantised = getattr(model, "hf_quantizer", None) is not None
+    return model.device.type == "cpu" and model.dtype != torch.float16 and not is_quantised
 
 
 def read_records(path: str, field: str | None) -> list[dict[str, Any]]:

@@ -236,7 +236,17 @@ def exits_to_walk(
     asked = tuple(arguments.exit_layers or recorded.exit_layers or points)
     recorded.check_against(depth, asked)
     check_asked(asked, model)
+    check_recorded_criterion(arguments, recorded)
     return RecordedExits(recorded.layers_run, depth, asked), arguments.criterion or recorded.criterion
+
+
+def check_recorded_criterion(arguments: argparse.Namespace, recorded: RecordedExits) -> None:
+    """Refuse to ask what only scripts and fixed exits ask, where nothing else was named."""
+    from hf_earlyexit.policies import CRITERIA
+
+    known = [None, *(name for name in CRITERIA if name != "fixed")]
+    if arguments.criterion is None and recorded.criterion not in known:
+        raise ValueError(f"--exits {arguments.exits} was recorded with {recorded.criterion!r}: name a --criterion")
 
 
 def check_asked(asked: Sequence[int], model) -> None:
@@ -293,7 +303,7 @@ def tune(arguments: argparse.Namespace) -> int:
 def time_model_of(arguments: argparse.Namespace, criterion: str | None, model) -> TimeModel:
     """What was measured before, or now."""
     if arguments.time_model:
-        return read_time_model(arguments.time_model, criterion)
+        return read_time_model(arguments, criterion)
     if criterion is None:
         raise ValueError("--criterion is needed, since --exits does not say what tokens were asked")
     from hf_earlyexit.time_trials import measure_time_model, rounds_in_all
@@ -305,18 +315,26 @@ def time_model_of(arguments: argparse.Namespace, criterion: str | None, model) -
         return measure_time_model(model, criterion, **sizes, rounds=arguments.rounds, after_round=bar.update)
 
 
-def read_time_model(path: str, criterion: str | None) -> TimeModel:
+def read_time_model(arguments: argparse.Namespace, criterion: str | None) -> TimeModel:
     """The time model in what `tune --json-out` has written.
 
     Raises:
-        ValueError: There is none, or it is of another criterion.
+        ValueError: There is none, or it is of another criterion, of fewer rows, or was measured otherwise.
     """
     from hf_earlyexit.time_model import TimeModel
 
-    values = json.loads(Path(path).read_text(encoding="utf-8")).get("time_model")
-    if values is None:
+    path = arguments.time_model
+    stored = json.loads(Path(path).read_text(encoding="utf-8"))
+    if (values := stored.get("time_model")) is None:
         raise ValueError(f"--time-model {path} has no `time_model`: name a file of `hf-earlyexit tune --json-out`")
     time_model = TimeModel.from_dict(values)
+    if arguments.batch > max(time_model.rows):
+        raise ValueError(f"--batch {arguments.batch}: {path} was measured up to {max(time_model.rows)} rows: again")
+    for name in ("source", "threads", "device", "dtype", "prepared"):
+        if name in stored and stored[name] != getattr(arguments, name):
+            raise ValueError(
+                f"--{name} {getattr(arguments, name)}: {path} was measured with {stored[name]}: measure again"
+            )
     if criterion not in (None, time_model.criterion):
         raise ValueError(f"--time-model {path} is of {time_model.criterion}, not of {criterion}: measure again")
     return time_model

@@ -37,23 +37,27 @@ class CompileOptions:
         """
         if config.cache_implementation != "static" or config.disable_compile:
             return None
+        usual, given = cls.on(device), config.compile_config
+        if given is None:
+            return usual
+        options = None if given.options is None else tuple(sorted(given.options.items()))
+        # The library's default mode is about CUDA graphs.
+        mode = None if options or (device.type != "cuda" and given.mode == "reduce-overhead") else given.mode
+        return cls(given.backend, mode, options)
+
+    @classmethod
+    def on(cls, device: torch.device) -> CompileOptions:
+        """The usual ones: with CUDA graphs where there is CUDA.
+
+        Raises:
+            ValueError: This torch keeps one count of graphs for all functions, and would run out of them.
+        """
         if "isolate_recompiles" not in inspect.signature(torch.compile).parameters:
             raise ValueError(
                 f'`cache_implementation="static"` needs torch 2.13 or later to compile, found {torch.__version__}: '
                 "upgrade it, or pass `disable_compile=True`."
             )
-        given = config.compile_config
-        if given is None:
-            return cls.on(device)
-        options = None if given.options is None else tuple(sorted(given.options.items()))
-        # The library's default mode is about CUDA graphs.
-        mode = None if options or (device.type == "cpu" and given.mode == "reduce-overhead") else given.mode
-        return cls(given.backend, mode, options)
-
-    @classmethod
-    def on(cls, device: torch.device) -> CompileOptions:
-        """The usual ones: with CUDA graphs where there is CUDA."""
-        return cls(mode=None if device.type == "cpu" else "reduce-overhead")
+        return cls(mode="reduce-overhead" if device.type == "cuda" else None)
 
     def compile(self, function: Callable) -> Callable:
         """The function, compiled when it is first called with arguments of a kind."""

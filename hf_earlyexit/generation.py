@@ -1,14 +1,14 @@
 """Answers for the `generate` drop-in: reads the exit settings, refuses what cannot be right, lets the library drive.
 
-Beams, sampling, streamers, processors, scores and stopping are the library's; this mixin hands its loops an
-`EarlyExitCache` and a run, and adds to what they return. Of an encoder-decoder model it knows what the library's loops
-know; a family's insides are its adapter's.
+Beams, streamers, processors, scores and stopping are the library's, whose loop of beams is handed an `EarlyExitCache`
+and a run; greedy search and sampling are the lean loop's. To what they return is added what the run has recorded. Of an
+encoder-decoder model this file knows what the library's loops know; a family's insides are its adapter's.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -184,19 +184,30 @@ class EarlyExitGenerationMixin(CertifiedMixin, PreparedMixin):
             ValueError: The decoder cannot be prepared, or an exit layer is none of the model's.
         """
         config = GenerationConfig(cache_implementation="static", compile_config=compile_config)
-        given = {"exit_criterion": "state", "exit_threshold": 1.0, "exit_layers": exit_layers}
-        settings = ExitSettings.merge({k: v for k, v in given.items() if v is not None}, None, self.generation_config)
-        num_layers = self.decoder_adapter.shape(self).num_layers
-        settings.check_against(self.early_exit, num_layers)
+        walk = stretches(self.config.num_decoder_layers, self._layers_to_ask(exit_layers) if early_exit else ())
         compiling = CompileOptions.of(config, self.device)
-        self._freshen_copy(needed=True)
+        copy = self._copy_for_call(needed=True)
         states = torch.zeros(batch_size, source_length, self.config.d_model, dtype=self.dtype, device=self.device)
-        cache = self._cache_for(None, states, static_capacity(max_new_tokens + 1), settings.fill)
+        cache = self._cache_for(None, states, static_capacity(max_new_tokens + 1), "lazy")
         cache.attach_encoder(states)
-        decoder = self._new_decoder(cache, None, None, compiling)
-        walk = stretches(num_layers, settings.exit_points(self.early_exit, num_layers) if early_exit else ())
+        decoder = self._new_decoder(copy, cache, compiling=compiling)
         for _ in tqdm(decoder.warm_up(walk, cache), desc="Compiling", unit="graph"):
             pass
+
+    def _layers_to_ask(self, exit_layers: Sequence[int] | None) -> Collection[int]:
+        """Those given, or those of the stored settings, or all exit points of the model.
+
+        Raises:
+            ValueError: A layer is no exit point.
+        """
+        num_layers = self.config.num_decoder_layers
+        if exit_layers is not None:
+            given = {"exit_criterion": "state", "exit_threshold": 1.0, "exit_layers": exit_layers}
+            settings = ExitSettings.merge(given, None, None)
+            settings.check_against(self.early_exit, num_layers)
+            return settings.exit_points(self.early_exit, num_layers)
+        stored = ExitSettings.merge({}, None, self.generation_config)
+        return stored.exit_points(self.early_exit, num_layers) or self.early_exit.exit_layers
 
     # --- hooks of the library's `generate`, in the order it calls them ----------------------------------------------
 
@@ -209,9 +220,19 @@ class EarlyExitGenerationMixin(CertifiedMixin, PreparedMixin):
                 _refuse(problems)
             generation_config._exit_settings = None if problems else settings
             if not problems:
-                compiling = CompileOptions.of(generation_config, self.device)
-                self._freshen_copy(needed=compiling is not None)
+                self._choose_decoder(generation_config, settings)
         return generation_config, model_kwargs
+
+    def _choose_decoder(self, generation_config: GenerationConfig, settings: ExitSettings) -> None:
+        """Settle what a call decodes with; without early exit, what cannot be compiled here is left to the library."""
+        try:
+            compiling = CompileOptions.of(generation_config, self.device)
+            generation_config._exit_copy = self._copy_for_call(needed=compiling is not None)
+        except ValueError:
+            if settings.early_exit:
+                raise
+            compiling = generation_config._exit_settings = None
+        generation_config._exit_compiling = compiling
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, generation_mode, batch_size, max_length):
         settings: ExitSettings | None = getattr(generation_config, "_exit_settings", None)
@@ -226,11 +247,9 @@ class EarlyExitGenerationMixin(CertifiedMixin, PreparedMixin):
         cache = self._cache_for(model_kwargs.get("past_key_values"), states, capacity, settings.fill)
         cache.attach_encoder(states, rows_per_prompt=max(1, len(states) // batch_size))
         model_kwargs["past_key_values"] = cache
+        masks = (model_kwargs.get("attention_mask"), model_kwargs.get("decoder_attention_mask"))
         model_kwargs["exit_decoder"] = self._new_decoder(
-            cache,
-            model_kwargs.get("attention_mask"),
-            model_kwargs.get("decoder_attention_mask"),
-            CompileOptions.of(generation_config, states.device),
+            generation_config._exit_copy, cache, masks, generation_config._exit_compiling
         )
         model_kwargs["exit_run"] = generation_config._exit_run = ExitRun(
             settings,
@@ -251,6 +270,12 @@ class EarlyExitGenerationMixin(CertifiedMixin, PreparedMixin):
             return criteria
         return RecordingStoppingCriteria(criteria, run)
 
+    def _valid_auto_compile_criteria(self, model_kwargs, generation_config) -> bool:
+        # Regions are compiled one by one, not `forward` as a whole.
+        if "exit_run" in model_kwargs:
+            return False
+        return super()._valid_auto_compile_criteria(model_kwargs, generation_config)
+
     def _sample(
         self,
         input_ids,
@@ -265,6 +290,11 @@ class EarlyExitGenerationMixin(CertifiedMixin, PreparedMixin):
         run: ExitRun | None = model_kwargs.get("exit_run")
         if run is None:
             return super()._sample(*call, synced_gpus=synced_gpus, streamer=streamer, **model_kwargs)
+        if synced_gpus:  # the library's own idea, where ranks share the weights
+            if run.exit_points:
+                _refuse(["weights that are spread over ranks, which would leave at different layers: gather them"])
+            output = super()._sample(*call, synced_gpus=True, streamer=streamer, **model_kwargs)
+            return _with_exits(output, run)
         decoder, cache = model_kwargs["exit_decoder"], model_kwargs["past_key_values"]
         return _with_exits(generate_tokens(*call, decoder, cache, run, streamer), run)
 
@@ -373,6 +403,8 @@ def _not_supported(model, config: GenerationConfig, model_kwargs: dict[str, Any]
         problems.append(f'`cache_implementation={config.cache_implementation!r}`: use "static", or leave it out')
     if config.compile_config is not None and config.cache_implementation is None:
         problems.append('`compile_config` alone: add `cache_implementation="static"`, or leave it out')
+    if getattr(config.compile_config, "dynamic", None) is not None:
+        problems.append(f"`compile_config` with dynamic={config.compile_config.dynamic}: leave it out")
     if config.prefill_chunk_size is not None:
         problems.append(f"`prefill_chunk_size={config.prefill_chunk_size}`: leave it out")
     if config.guidance_scale not in (None, 1):

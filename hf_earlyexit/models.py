@@ -22,7 +22,7 @@ from hf_earlyexit.layers import decode_step
 from hf_earlyexit.stock import stock_of
 from hf_earlyexit.t5 import T5Decoder
 from hf_earlyexit.t5_compiled import CompiledT5Decoder
-from hf_earlyexit.t5_prepared import PreparedT5, PreparedT5Decoder
+from hf_earlyexit.t5_prepared import PreparedT5, PreparedT5Decoder, refuse_hooks
 
 
 class EarlyExitT5ForConditionalGeneration(EarlyExitGenerationMixin, T5ForConditionalGeneration):
@@ -37,6 +37,7 @@ class EarlyExitT5ForConditionalGeneration(EarlyExitGenerationMixin, T5ForConditi
     prepared_adapter = PreparedT5Decoder
     compiled_adapter = CompiledT5Decoder
     prepare_weights = PreparedT5
+    refuse_hooks = staticmethod(refuse_hooks)
     # T5 takes `num_items_in_batch` and ignores it, so that a `Trainer` that believes it was heeded does not divide the
     # losses of accumulated batches by their number.
     accepts_loss_kwargs = False
@@ -158,10 +159,11 @@ class EarlyExitT5ForConditionalGeneration(EarlyExitGenerationMixin, T5ForConditi
 def without_heads(quantization_config):
     """A copy that does not quantise exit heads, nor what the library would not have quantised by itself."""
     config = copy.deepcopy(quantization_config)
+    values = config if isinstance(config, dict) else vars(config)
     for name in ("modules_to_not_convert", "llm_int8_skip_modules"):
-        if hasattr(config, name):
-            chosen = getattr(config, name)
-            setattr(config, name, [*(["lm_head", "shared"] if chosen is None else chosen), "exit_heads"])
+        if name in values:
+            chosen = ["lm_head", "shared"] if values[name] is None else values[name]
+            values[name] = [*chosen, "exit_heads"]
     return config
 
 

@@ -42,13 +42,14 @@ class PackedLinear:
 
     def __init__(self, weight: torch.Tensor):
         weight = weight.detach()
-        self.out_features = weight.shape[0]
+        self.out_features, self.dtype = weight.shape[0], weight.dtype
         self.is_packed = weight.numel() >= SMALLEST_PACKED and packs(weight.dtype, weight.device)
         self.weight = torch.ops.mkldnn._reorder_linear_weight(weight, ROW_TILE) if self.is_packed else weight
 
     def __call__(self, rows: torch.Tensor) -> torch.Tensor:
         if not self.is_packed:
             return linear(rows, self.weight)
+        rows = rows.to(self.dtype)  # where autocast has made an operation before it half
         return torch.ops.mkldnn._linear_pointwise(rows, self.weight, None, "none", [], "")
 
 

@@ -17,37 +17,42 @@ from hf_earlyexit.layers import Decoder
 
 
 class PreparedCopy(NamedTuple):
-    """A copy, and the marks of the weights it was made of."""
+    """A copy, the marks of the weights it was made of, and these, so that no others come to lie where they do."""
 
     weights: Any
     marks: tuple
+    originals: tuple
 
 
 class PreparedMixin:
-    """`prepare_for_generation`, for a class that has `decoder_adapter`, `prepared_adapter` and `prepare_weights`."""
+    """`prepare_for_generation`, for a class with adapters, `prepare_weights` and `refuse_hooks`."""
 
     decoder_adapter: Callable[..., Decoder]
     prepared_adapter: Callable[..., Decoder]
     compiled_adapter: Callable[..., Decoder]
     prepare_weights: Callable
+    refuse_hooks: Callable
     _prepared_copy: PreparedCopy | None = None
 
     def prepare_for_generation(self):
         """Copy the decoder's weights into a layout that decoding is faster with; `generate` uses it from now on.
 
-        On a CPU in fp32 or bf16, weights are read about twice as fast when a few rows are decoded. It takes memory for
-        one more decoder and LM head, and a moment. Tokens are the same up to rounding. The copy is dropped by training
-        mode, `.to(...)`, `save_pretrained` and `unprepare`, and, with a warning, when weights were changed.
+        On a CPU in fp32 or bf16, weights are read about twice as fast when a few rows are decoded. It takes a moment,
+        and memory for one more decoder and LM head, with keys' and values' maps twice; with `fill="eager"` also for
+        those of all layers above each layer left. Tokens are the same up to rounding. The copy is dropped by training
+        mode, `.to(...)`, `save_pretrained` and `unprepare`, and, with a warning, by the next `generate` after weights
+        were changed or hooks added. What is written through `.data` is not noticed: call this again.
 
         Returns:
             The model.
 
         Raises:
-            ValueError: The model is in training mode, or its decoder is not plain (LoRA, quantised, hooks, fp16).
+            ValueError: The model is in training mode, or its decoder is not plain (LoRA, quantised, hooks, fp16, parts
+                of different dtypes).
         """
         if self.training:
             raise ValueError("`prepare_for_generation` needs eval mode: call `model.eval()` first.")
-        self._prepared_copy = PreparedCopy(self.prepare_weights(self), weights_marks(self))
+        self._prepared_copy = PreparedCopy(self.prepare_weights(self), weights_marks(self), tuple(self.parameters()))
         return self
 
     def unprepare(self) -> None:
@@ -60,30 +65,48 @@ class PreparedMixin:
         return self._prepared_copy is not None
 
     def _new_decoder(
-        self, cache: EarlyExitCache, encoder_mask, decoder_mask, compiling: CompileOptions | None = None
+        self,
+        copy: PreparedCopy | None,
+        cache: EarlyExitCache,
+        masks: tuple[Any, Any] = (None, None),
+        compiling: CompileOptions | None = None,
     ) -> Decoder:
-        """The adapter for one `generate` call, on the copy if there is one."""
-        copy = self._prepared_copy
-        if copy is None:
-            return self.decoder_adapter(self, cache, encoder_mask, decoder_mask)
-        if compiling is None:
-            return self.prepared_adapter(copy.weights, self, cache, encoder_mask, decoder_mask)
-        return self.compiled_adapter(copy.weights, compiling, self, cache, encoder_mask, decoder_mask)
+        """The adapter for one `generate` call, on the copy if there is one.
 
-    def _freshen_copy(self, needed: bool) -> None:
-        """Before a call does any work: drop a copy of other weights, and make one where it is `needed`.
+        Args:
+            masks: Of the encoder and of the decoder prompt.
+        """
+        if copy is None:
+            return self.decoder_adapter(self, cache, *masks)
+        if compiling is None:
+            return self.prepared_adapter(copy.weights, self, cache, *masks)
+        return self.compiled_adapter(copy.weights, compiling, self, cache, *masks)
+
+    def _copy_for_call(self, needed: bool) -> PreparedCopy | None:
+        """Before a call does any work: the copy it is to use. One of other weights is dropped; where one is `needed`
+        there is one.
 
         Raises:
             ValueError: It is needed and the decoder cannot be prepared.
         """
         copy = self._prepared_copy
-        if copy is not None and copy.marks != weights_marks(self):
+        if copy is not None and (change := self._changed_since(copy)):
             if not needed:
-                message = "Weights have changed since `prepare_for_generation`, so its copy is dropped: call it again."
+                message = f"{change} since `prepare_for_generation`, so its copy is dropped: call it again."
                 warnings.warn(message, stacklevel=5)
             self.unprepare()
-        if needed and not self.is_prepared:
-            self.prepare_for_generation()
+            copy = None
+        return self.prepare_for_generation()._prepared_copy if needed and copy is None else copy
+
+    def _changed_since(self, copy: PreparedCopy) -> str | None:
+        """What makes the copy say something else than the model."""
+        if copy.marks != weights_marks(self):
+            return "Weights have changed"
+        try:
+            self.refuse_hooks(self)
+        except ValueError:
+            return "Hooks were added"
+        return None
 
     # --- what drops it ----------------------------------------------------------------------------------------------
 

@@ -51,6 +51,8 @@ class CompiledT5Decoder(PreparedT5Decoder):
             part = range(first, min(first + LONGEST_REGION, layers.stop))
             weights = [self.region_layers[layer - 1] for layer in part]
             pasts = [self._past(layer, cache) for layer in part]
+            if part.start > layers.start and self.static_rows:
+                states = self._of_any_size(states.clone())  # CUDA graphs reuse the memory of what they return
             states, previous, keys_values = self.compiled(states, weights, pasts, self.present)
             cache.write_layers(part, rows, keys_values[:, :, : len(rows)])
         return states[: len(rows), None], previous[: len(rows), None]
@@ -77,7 +79,8 @@ class CompiledT5Decoder(PreparedT5Decoder):
         cross_bias = filled_up(self.row_cross_mask[:, :, 0].expand(len(rows), -1, -1), size).clone(
             memory_format=torch.contiguous_format
         )
-        return Present(*(self._of_any_size(part, -1) for part in (index, positions, bias, cross_bias)))
+        parts = (self._of_any_size(part) for part in (index, positions))
+        return Present(*parts, *(self._of_any_size(part, -1) for part in (bias, cross_bias)))
 
     def _past(self, layer: int, cache: EarlyExitCache) -> Past:
         """What a layer attends to; kept, since it is the same tensors at every step."""
@@ -105,6 +108,8 @@ class CompiledT5Decoder(PreparedT5Decoder):
 
     def _of_any_size(self, tensor: torch.Tensor, *dimensions: int) -> torch.Tensor:
         """With a graph for all sizes of these dimensions, and of the bucket unless that must be static."""
+        if self.static_rows:
+            torch._dynamo.mark_static(tensor, 0)
         return of_any_size(tensor, *dimensions, *(() if self.static_rows else (0,)))
 
 

@@ -62,7 +62,7 @@ class Norm:
 
 
 class PreparedT5:
-    """A copy of a T5 decoder's weights for decoding. Does not change with the model.
+    """A copy of a T5 decoder's weights for decoding. What is small or has no packed layout is not copied but shared.
 
     Args:
         model: An `EarlyExitT5ForConditionalGeneration`.
@@ -212,13 +212,24 @@ def refuse_unless_plain(model: nn.Module) -> None:
                 f"`prepare_for_generation` needs the plain linear maps of T5, but `{name}` is a "
                 f"`{type(module).__name__}`{weight}: merge adapters (`merge_and_unload`) or load unquantised weights."
             )
-    for name, module in model.decoder.named_modules():
-        if module._forward_hooks or module._forward_pre_hooks or hasattr(module, "_hf_hook"):
-            raise ValueError(f"`prepare_for_generation` would not call the hooks of `decoder.{name}`: remove them.")
-    if model.lm_head.weight.dtype == torch.float16:
+    refuse_hooks(model)
+    dtypes = {parameter.dtype for parameter in (model.lm_head.weight, *model.decoder.parameters())}
+    if len(dtypes) > 1 or torch.float16 in dtypes:
         raise ValueError(
-            "`prepare_for_generation` does not work in fp16, where T5 keeps parts in fp32: use `torch.bfloat16`."
+            "`prepare_for_generation` does not work in fp16, where T5 keeps parts in fp32, nor with parts of several "
+            f"dtypes, found {sorted(map(str, dtypes))}: use `torch.bfloat16` or `torch.float32` for all."
         )
+
+
+def refuse_hooks(model: nn.Module) -> None:
+    """See that no hooks would be passed by.
+
+    Raises:
+        ValueError: Some would; the message names the module.
+    """
+    for name, module in (("lm_head", model.lm_head), *model.decoder.named_modules(prefix="decoder")):
+        if module._forward_hooks or module._forward_pre_hooks or hasattr(module, "_hf_hook"):
+            raise ValueError(f"`prepare_for_generation` would not call the hooks of `{name}`: remove them.")
 
 
 def _maps_of(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

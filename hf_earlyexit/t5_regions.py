@@ -1,9 +1,10 @@
 """Answers for stretches of T5 decoder layers as functions of tensors that `torch.compile` makes one graph of.
 
 A region decides nothing: debts are paid before it is entered, and what it is handed and hands back has a shape that
-depends only on its number of layers and the bucket of its rows. Weights are arguments, so equally long regions share a
-graph. One row on a CPU is generated code throughout, which reads a weight at the speed of the memory; more rows there
-call oneDNN and the library's attention on views of the cache, as custom operations.
+depends only on its number of layers and the bucket of its rows. Of the cache it may use the place of the present
+position as scratch; what stays there the cache writes. Weights are arguments, so equally long regions share a graph.
+One row on a CPU is generated code throughout, which reads a weight at the speed of the memory; more rows there call
+oneDNN and the library's attention on views of the cache, as custom operations.
 """
 
 from __future__ import annotations
@@ -123,15 +124,17 @@ def generates(states: torch.Tensor) -> bool:
     return not states.is_cpu or states.shape[0] == 1
 
 
-def apply(map: RegionMap, rows: torch.Tensor) -> torch.Tensor:
+def apply(linear_map: RegionMap, rows: torch.Tensor) -> torch.Tensor:
     """`[rows, out]`."""
     if rows.is_cpu and rows.shape[0] == 1:
         # A sum of products is compiled to a loop that takes half the time of a library's matrix product with one row.
         wide = at_least_float32(rows)
-        return torch.cat([(at_least_float32(weight) * wide).sum(-1) for weight in map.weights])[None].to(rows.dtype)
-    if map.packed is not None:
-        return torch.ops.hf_earlyexit.packed_linear(rows, map.packed, map.out_features)
-    return torch.cat([linear(rows, weight) for weight in map.weights], dim=-1)
+        return torch.cat([(at_least_float32(weight) * wide).sum(-1) for weight in linear_map.weights])[None].to(
+            rows.dtype
+        )
+    if linear_map.packed is not None:
+        return torch.ops.hf_earlyexit.packed_linear(rows, linear_map.packed, linear_map.out_features)
+    return torch.cat([linear(rows, weight) for weight in linear_map.weights], dim=-1)
 
 
 def attend_self(query, key, value, past: Past, present: Present) -> torch.Tensor:

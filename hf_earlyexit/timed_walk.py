@@ -78,7 +78,7 @@ def walk(
     settings = ExitSettings(early_exit=True, exit_criterion=script, exit_threshold=0.5)
     rows, steps = len(states), len(script.layers)
     cache = cache_for(model, states, steps)
-    decoder = model._new_decoder(cache, None, None, compiling)
+    decoder = model._new_decoder(model._prepared_copy, cache, compiling=compiling)
     run = ExitRun(settings, frozenset(exit_layers), decoder.num_layers, rows, steps + 1, states.device)
     ids = torch.full((rows, 1), model.config.decoder_start_token_id, device=states.device)
     if watch is None:

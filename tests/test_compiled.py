@@ -5,13 +5,11 @@ What is compiled is counted with a backend that runs the graph as it was capture
 
 from __future__ import annotations
 
-from contextlib import contextmanager
-
 import pytest
 import torch
 from transformers import CompileConfig
 
-from hf_earlyexit import EarlyExitConfig, t5_compiled
+from hf_earlyexit import EarlyExitConfig, t5_compiled, t5_regions
 from hf_earlyexit.cache import EarlyExitCache
 from hf_earlyexit.compiling import CompileOptions, static_capacity
 from hf_earlyexit.layers import stretches
@@ -30,6 +28,8 @@ class Captured:
         self.graphs = []
 
     def __call__(self, graph, inputs):
+        states = next(one for one in inputs if isinstance(one, torch.Tensor) and one.dim() == 2)
+        graph.rows = states.shape[0]
         self.graphs.append(graph)
         return graph.forward
 
@@ -46,11 +46,6 @@ def captured():
     assert not torch._dynamo.utils.counters["graph_break"], "a region is one graph"
 
 
-def pair(family: str = "untied", seed: int = 0, dtype=torch.float64, **changes):
-    stock, model = tiny_pair(family, seed, dtype, **changes)
-    return stock, model
-
-
 # --- the laws -------------------------------------------------------------------------------------------------------
 
 
@@ -60,7 +55,7 @@ def pair(family: str = "untied", seed: int = 0, dtype=torch.float64, **changes):
     ids=str,
 )
 def test_never_is_stock(family, options, captured):
-    stock, model = pair(family, 1)
+    stock, model = tiny_pair(family, 1)
     torch.manual_seed(1)
     expected = laws.stock_generate(stock, tiny_inputs(4, 1), 1, **options)
     torch.manual_seed(1)
@@ -71,7 +66,7 @@ def test_never_is_stock(family, options, captured):
 @pytest.mark.parametrize("rows", [1, 4, 7])
 def test_scripts_follow_the_walk_without_compiling(rows, captured):
     for seed in (0, 1):
-        _, model = pair("untied", seed)
+        _, model = tiny_pair("untied", seed)
         script = {"exit_criterion": Scripted(pseudo_random_script(seed, NUM_LAYERS)), "exit_threshold": 0.5}
         expected = laws.generate(model, tiny_inputs(rows, seed), seed, **script)
         output = laws.generate(model, tiny_inputs(rows, seed), seed, **script, **captured.keywords)
@@ -87,7 +82,7 @@ def test_scripts_follow_the_walk_without_compiling(rows, captured):
 @pytest.mark.parametrize("criterion, threshold", [("softmax", 0.08), ("state", 0.75)])
 @pytest.mark.parametrize("fill", ["lazy", "eager"])
 def test_criteria_follow_the_walk_without_compiling(criterion, threshold, fill, captured):
-    _, model = pair("untied", 1)
+    _, model = tiny_pair("untied", 1)
     call = {"exit_criterion": criterion, "exit_threshold": threshold, "fill": fill}
     expected = laws.generate(model, tiny_inputs(4, 1), 1, **call)
     output = laws.generate(model, tiny_inputs(4, 1), 1, **call, **captured.keywords)
@@ -102,7 +97,7 @@ def test_padded_prompts_follow_the_walk_without_compiling(captured):
         "decoder_input_ids": torch.tensor([[0, 5, 9, 4], [1, 0, 7, 8], [1, 1, 0, 6], [0, 3, 2, 2]]),
         "decoder_attention_mask": torch.tensor([[1, 1, 1, 1], [0, 1, 1, 1], [0, 0, 1, 1], [1, 1, 1, 1]]),
     }
-    _, model = pair()
+    _, model = tiny_pair("untied")
     call = tiny_inputs(4) | prompt
     script = {"exit_criterion": Scripted(pseudo_random_script(2, NUM_LAYERS)), "exit_threshold": 0.5}
     expected = laws.generate(model, call, **script)
@@ -123,7 +118,7 @@ def lengths_of(exit_points) -> set[int]:
 
 @pytest.mark.parametrize("exit_layers", [[1, 2, 3, 4, 5], [2, 4], [1, 4]])
 def test_few_graphs_and_none_anew_over_200_steps(exit_layers, captured):
-    _, model = pair("untied", 0, early_exit=EarlyExitConfig(exit_layers))
+    _, model = tiny_pair("untied", 0, early_exit=EarlyExitConfig(exit_layers))
     depths = [*exit_layers, NUM_LAYERS]
     script = pseudo_random_script(5, len(depths))
     criterion = Scripted(lambda row, position: depths[script(row, position) - 1])
@@ -138,6 +133,8 @@ def test_few_graphs_and_none_anew_over_200_steps(exit_layers, captured):
     assert first.layers_run.shape[1] + second.layers_run.shape[1] == 201
     laws.generate(model, tiny_inputs(5, 2, longest=19), 2, max_new_tokens=150, **call)
     assert len(captured.graphs) <= limit, "nor do another batch, source and length of the text"
+    laws.generate(model, tiny_inputs(1, 3), 3, max_new_tokens=20, **call)
+    assert len(captured.graphs) <= limit + len(lengths_of(exit_layers)), "a batch of one has its own"
 
 
 def test_where_shapes_must_be_static_rows_come_in_powers_of_two(captured, monkeypatch):
@@ -149,7 +146,8 @@ def test_where_shapes_must_be_static_rows_come_in_powers_of_two(captured, monkey
         self.static_rows = True
 
     monkeypatch.setattr(t5_compiled.CompiledT5Decoder, "__init__", with_static_rows)
-    _, model = pair("untied", 0, early_exit=EarlyExitConfig([2, 4]))
+    monkeypatch.setattr(t5_regions, "generates", lambda states: True)
+    _, model = tiny_pair("untied", 0, early_exit=EarlyExitConfig([2, 4]))
     script = pseudo_random_script(5, 3)
     criterion = Scripted(lambda row, position: 2 * script(row, position))
     call = {"exit_criterion": criterion, "exit_threshold": 0.5}
@@ -157,11 +155,13 @@ def test_where_shapes_must_be_static_rows_come_in_powers_of_two(captured, monkey
     output = laws.generate(model, tiny_inputs(9), max_new_tokens=60, ends=None, **call, **captured.keywords)
     assert torch.equal(output.sequences, expected.sequences)
     assert torch.equal(output.layers_run, expected.layers_run)
-    assert len(captured.graphs) <= 4, "buckets of 1, 4, 8 and 16 rows, all stretches of 2 layers"
+    sizes = [graph.rows for graph in captured.graphs]
+    assert len(sizes) == len(set(sizes)) >= 3, "all stretches are two layers long"
+    assert set(sizes) <= {1, 4, 8, 16}, "numbers, not symbols"
 
 
 def test_warm_up_leaves_nothing_to_compile(captured):
-    _, model = pair("untied", 0, early_exit=EarlyExitConfig([1, 4]))
+    _, model = tiny_pair("untied", 0, early_exit=EarlyExitConfig([1, 4]))
     model.warm_up(batch_size=8, compile_config=captured.keywords["compile_config"])
     graphs = len(captured.graphs)
     assert model.is_prepared and graphs
@@ -178,7 +178,7 @@ def test_warm_up_leaves_nothing_to_compile(captured):
 @pytest.mark.parametrize("rows", [1, 5])
 def test_inductor_says_the_same(rows, dtype):
     torch._dynamo.reset()
-    _, model = pair("untied", 1, dtype, early_exit=EarlyExitConfig([2, 4]))
+    _, model = tiny_pair("untied", 1, dtype, early_exit=EarlyExitConfig([2, 4]))
     model.prepare_for_generation()
     call = {"exit_criterion": Scripted(pseudo_random_script(3, 4)), "exit_threshold": 0.5}
     expected = laws.generate(model, tiny_inputs(rows, 1), 1, **call)
@@ -193,21 +193,49 @@ def test_inductor_says_the_same(rows, dtype):
 # --- parts ----------------------------------------------------------------------------------------------------------
 
 
-@contextmanager
-def no_isolation(monkeypatch):
-    monkeypatch.setattr(torch, "compile", lambda function, fullgraph=False, backend=None: function)
-    yield
-
-
 def test_an_old_torch_is_told_so_before_any_work(monkeypatch):
-    _, model = pair()
+    _, model = tiny_pair("untied")
     monkeypatch.setattr(model.encoder, "forward", None)
-    with no_isolation(monkeypatch), pytest.raises(ValueError, match="needs torch 2.13 or later.*disable_compile"):
-        model.generate(**tiny_inputs(1), max_new_tokens=2, cache_implementation="static")
+    monkeypatch.setattr(torch, "compile", lambda function, fullgraph=False, backend=None: function)
+    call = {"cache_implementation": "static", "exit_criterion": "state", "exit_threshold": 0.5}
+    with pytest.raises(ValueError, match="needs torch 2.13 or later.*disable_compile"):
+        model.generate(**tiny_inputs(1), max_new_tokens=2, **call)
+
+
+def test_a_cache_of_ones_own_serves_again(captured):
+    _, model = tiny_pair("untied", 1)
+    own = EarlyExitCache(NUM_LAYERS, 4, 4, 8, dtype=torch.float64, capacity=4)
+    call = {"exit_criterion": Scripted(pseudo_random_script(1, NUM_LAYERS)), "exit_threshold": 0.5}
+    for seed in (0, 1):
+        expected = laws.generate(model, tiny_inputs(4, seed), seed, **call)
+        own.reset()
+        output = laws.generate(model, tiny_inputs(4, seed), seed, **call, **captured.keywords, past_key_values=own)
+        assert torch.equal(output.sequences, expected.sequences)
+    assert own.capacity > 4, "it has grown on the way"
+
+
+class Interrupting:
+    def __init__(self, at: int):
+        self.at = at
+
+    def confidence(self, point):
+        if point.positions[0] == self.at and point.layer == 3:
+            raise KeyboardInterrupt
+        return point.hidden.new_zeros(len(point.rows))
+
+
+def test_after_an_interruption_the_model_is_as_it_was(captured):
+    _, model = tiny_pair("untied", 1)
+    expected = laws.generate(model, tiny_inputs(4, 1), 1, **captured.keywords)
+    with pytest.raises(KeyboardInterrupt):
+        call = {"exit_criterion": Interrupting(2), "exit_threshold": 0.5}
+        laws.generate(model, tiny_inputs(4, 1), 1, **call, **captured.keywords)
+    again = laws.generate(model, tiny_inputs(4, 1), 1, **captured.keywords)
+    assert torch.equal(again.sequences, expected.sequences)
 
 
 def test_a_static_cache_without_compiling():
-    stock, model = pair()
+    stock, model = tiny_pair("untied")
     expected = laws.stock_generate(stock, tiny_inputs(4))
     output = laws.generate(model, tiny_inputs(4), cache_implementation="static", disable_compile=True)
     assert torch.equal(output.sequences, expected.sequences) and not model.is_prepared

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -205,6 +206,34 @@ def test_other_weights_drop_it_with_a_warning(monkeypatch):
         laws.generate(model.prepare_for_generation(), tiny_inputs(4))
 
 
+def test_hooks_that_come_later_drop_it_with_a_warning(monkeypatch):
+    monkeypatch.undo()
+    _, model = prepared_pair()
+    seen = []
+    model.lm_head.register_forward_hook(lambda *args: seen.append(1))
+    with pytest.warns(UserWarning, match="Hooks were added since `prepare_for_generation`"):
+        laws.generate(model, tiny_inputs(2))
+    assert seen and not model.is_prepared
+
+
+def test_under_autocast(packs_all):
+    """Attention is half there, and what is packed stays as it is."""
+    _, model = prepared_pair(dtype=torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output = laws.generate(model, tiny_inputs(4), exit_criterion="fixed", exit_layer=3)
+    assert set(output.layers_run[output.layers_run > 0].tolist()) == {3}
+
+
+def test_threads_share_a_copy():
+    _, model = prepared_pair()
+    inputs = [tiny_inputs(4, seed) for seed in range(4)]
+    expected = [laws.generate(model, one, **SOFTMAX).sequences for one in inputs]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda one: laws.generate(model, one, **SOFTMAX).sequences, inputs * 3))
+    for sequences, others in zip(found, expected * 3):
+        assert torch.equal(sequences, others)
+
+
 class LoraLinear(nn.Linear):
     pass
 
@@ -223,6 +252,7 @@ def hook_a_block(model):
         (replace_a_map, r"`decoder.block.1.layer.0.SelfAttention.v` is a `LoraLinear`.*: merge adapters"),
         (hook_a_block, r"hooks of `decoder.block.1`: remove them"),
         (lambda model: model.half(), "does not work in fp16.*use `torch.bfloat16`"),
+        (lambda model: model.lm_head.double(), "several dtypes, found .*float32.*float64"),
         (lambda model: model.train(), "needs eval mode: call `model.eval"),
     ],
 )

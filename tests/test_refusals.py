@@ -88,6 +88,10 @@ BAD_ARGUMENTS = [
     (ON | {"exit_treshold": 0.5}, "exit_treshold"),
     (ON | {"exit_schedule": {"name": "calm", "tau": float("nan")}}, "`tau` .*must be a number from 0 on, got nan"),
     (ON | {"compile_config": CompileConfig()}, "`compile_config` alone: add `cache_implementation"),
+    (
+        ON | {"cache_implementation": "static", "compile_config": CompileConfig(dynamic=True)},
+        "`compile_config` with dynamic=True: leave it out",
+    ),
     (ON | {"negative_prompt_ids": torch.ones(2, 3)}, "`negative_prompt_ids`"),
     (ON | {"decoder_inputs_embeds": torch.ones(2, 1, 32)}, "`decoder_inputs_embeds`: pass `decoder_input_ids`"),
 ]
@@ -221,6 +225,35 @@ def test_what_early_exit_refuses_works_at_full_depth_as_in_stock():
         if "return_dict_in_generate" in extra:
             expected, output = expected.sequences, output.sequences
         assert torch.equal(expected, output)
+
+
+def test_what_cannot_be_compiled_is_stock_at_full_depth():
+    stock, model = tiny_pair("tied", 0, num_layers=NUM_LAYERS)
+    call = {**tiny_inputs(2), "max_new_tokens": 8, "cache_implementation": "static"}
+    seen = []
+    model.decoder.block[1].register_forward_hook(lambda *args: seen.append(1))
+    assert torch.equal(model.generate(**call, early_exit=False), stock.generate(**call))
+    assert seen and not model.is_prepared
+    with pytest.raises(ValueError, match="would not call the hooks of `decoder.block.1`"):
+        model.generate(**call, **ON)
+
+
+def test_ranks_that_share_weights_are_refused(model):
+    """The library sets `synced_gpus` by itself there, after what the caller has passed was looked at."""
+    sample, calls = type(model)._sample, []
+
+    def synced(self, *args, **kwargs):
+        calls.append(1)
+        return sample(self, *args, **(kwargs | {"synced_gpus": True}))
+
+    expected = model.generate(**tiny_inputs(2), max_new_tokens=5, early_exit=False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(model), "_sample", synced)
+        patch.setattr(type(model), "_has_unfinished_sequences", lambda self, done, synced_gpus, device: not done)
+        with pytest.raises(ValueError, match="spread over ranks"):
+            model.generate(**tiny_inputs(2), max_new_tokens=5, **ON)
+        assert torch.equal(model.generate(**tiny_inputs(2), max_new_tokens=5, early_exit=False), expected)
+    assert len(calls) == 2
 
 
 def test_positional_arguments_are_refused_too(model):

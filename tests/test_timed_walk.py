@@ -117,7 +117,7 @@ def test_nothing_is_left_behind_after_an_exception(model):
 @pytest.mark.parametrize("error", (None, KeyboardInterrupt))
 def test_adapter_and_cache_are_as_before(model, error):
     cache = cache_for(model, source_states(model, 2, 6), steps=3)
-    decoder = model._new_decoder(cache, None, None)
+    decoder = model._new_decoder(model._prepared_copy, cache)
     before = [set(vars(one)) for one in (cache, decoder)]
     with contextlib.suppress(KeyboardInterrupt), parts_timed(decoder, cache, Stopwatch(Steps(), REST)):
         assert set(vars(cache)) - before[0] == {"catch_up", "fill_cross"}
