@@ -1,8 +1,8 @@
 """Answers for the `generate` drop-in: reads the exit settings, refuses what cannot be right, lets the library drive.
 
 Beams, streamers, processors, scores and stopping are the library's, whose loop of beams is handed an `EarlyExitCache`
-and a run; greedy search and sampling are the lean loop's. To what they return is added what the run has recorded. Of an
-encoder-decoder model this file knows what the library's loops know; a family's insides are its adapter's.
+and a run; greedy search and sampling are the lean loop's. To what they return is added what the run has recorded. This
+file knows of an encoder-decoder model what the library's loops know; a family's insides are its adapter's.
 """
 
 from __future__ import annotations

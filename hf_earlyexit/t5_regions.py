@@ -169,7 +169,7 @@ def generated_attention(query, keys, values, bias: torch.Tensor) -> torch.Tensor
 LIBRARY = torch.library.Library("hf_earlyexit", "DEF")
 LIBRARY.define("packed_linear(Tensor rows, Tensor weight, int out_features) -> Tensor")
 LIBRARY.define(
-    "attend_self(Tensor query, Tensor key, Tensor value, Tensor(a!) keys, Tensor(b!) values, Tensor rows, "
+    "attend_self(Tensor query, Tensor key, Tensor value, Tensor keys, Tensor values, Tensor rows, "
     "Tensor positions, Tensor bias) -> Tensor"
 )
 LIBRARY.define("attend_source(Tensor query, Tensor keys, Tensor values, Tensor rows, Tensor bias) -> Tensor")
@@ -180,7 +180,11 @@ def packed_linear(rows: torch.Tensor, weight: torch.Tensor, out_features: int) -
 
 
 def attend_self_on_views(query, key, value, keys, values, rows, positions, bias) -> torch.Tensor:
-    """Writes the present where it belongs, then attends to what each row holds."""
+    """Attends to what each row holds and to the present, for which it uses the present's own place among the keys.
+
+    Not declared as a mutation: nothing else in a region reads that place, and the cache writes there what this does.
+    Declared, the compiler would copy the arena, of which all layers' keys and values are views.
+    """
     keys[rows, :, positions], values[rows, :, positions] = key, value
     length = int(positions.max()) + 1
     return attend_on_views(query, keys[:, :, :length], values[:, :, :length], rows, bias[..., :length])
