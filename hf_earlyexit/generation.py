@@ -168,8 +168,8 @@ class EarlyExitGenerationMixin(CertifiedMixin, PreparedMixin):
     ) -> None:
         """Compile what `generate(cache_implementation="static")` will need, so that no call has to wait for it.
 
-        Prepares the model (`prepare_for_generation`). What is compiled serves other lengths, too; a single row, and
-        the model after it was prepared anew, have graphs of their own.
+        Prepares the model (`prepare_for_generation`). What is compiled serves other lengths and batches, too; a batch
+        of one has graphs of its own, and so has the model after it was prepared anew.
 
         Args:
             batch_size: Rows of the calls to come, at most.

@@ -1,6 +1,8 @@
 """Answers for running stretches of T5 layers through compiled regions (`t5_regions.py`) over an `EarlyExitCache`.
 
-Prompts, which are longer than one position, run through the prepared layers. Everything else is `PreparedT5Decoder`'s.
+On a CPU a single row does, everything else runs through the prepared layers: with more rows a stretch is bound by
+products that are packed there anyway, and compiled it was 12 % slower. Elsewhere every step does, and prompts, which
+are longer than one position, do not. All else is `PreparedT5Decoder`'s.
 """
 
 from __future__ import annotations
@@ -14,10 +16,9 @@ from torch.nn.functional import pad
 
 from hf_earlyexit.cache import EarlyExitCache
 from hf_earlyexit.compiling import CompileOptions
-from hf_earlyexit.packing import ROW_TILE, PackedLinear
 from hf_earlyexit.rows import Rows
 from hf_earlyexit.t5_prepared import PreparedT5, PreparedT5Decoder
-from hf_earlyexit.t5_regions import Past, Present, Region, RegionLayer, RegionMap
+from hf_earlyexit.t5_regions import LinearMap, Past, Present, Region, RegionLayer
 
 
 # Longer stretches are several calls of one graph: a graph of 4 layers takes a quarter of a minute to compile, a call
@@ -35,24 +36,26 @@ class CompiledT5Decoder(PreparedT5Decoder):
     def __init__(self, prepared: PreparedT5, options: CompileOptions, model: nn.Module, cache: EarlyExitCache, *masks):
         super().__init__(prepared, model, cache, *masks)
         self.compiled = compiled_region(prepared, options, model)
-        self.static_rows = cache.device.type != "cpu"
+        self.most_rows = most_rows(cache)
 
     def run_blocks(
         self, layers: range, hidden: torch.Tensor, rows: Rows, cache: EarlyExitCache
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        if len(rows) > self.most_rows:
+            return super().run_blocks(layers, hidden, rows, cache)
         for layer in layers:
             cache.fill_cross(layer, rows, self.project_source)
         if rows is not self.present_rows:
             self.present_rows, self.present = rows, self._present(rows, cache)
         # Graphs are kept apart by whether an argument is a view, so none of what changes from step to step is one.
-        states = filled_up(hidden[:, 0], bucket(len(rows), self.static_rows)).clone()
-        states = previous = self._of_any_size(states)
+        states = previous = filled_up(hidden[:, 0], bucket(len(rows))).clone()
         for first in range(layers.start, layers.stop, LONGEST_REGION):
             part = range(first, min(first + LONGEST_REGION, layers.stop))
             weights = [self.region_layers[layer - 1] for layer in part]
             pasts = [self._past(layer, cache) for layer in part]
-            if part.start > layers.start and self.static_rows:
-                states = self._of_any_size(states.clone())  # CUDA graphs reuse the memory of what they return
+            if part.start > layers.start:
+                states = states.clone()  # CUDA graphs reuse the memory of what they return
+            torch._dynamo.mark_static(states, 0)
             states, previous, keys_values = self.compiled(states, weights, pasts, self.present)
             cache.write_layers(part, rows, keys_values[:, :, : len(rows)])
         return states[: len(rows), None], previous[: len(rows), None]
@@ -63,12 +66,12 @@ class CompiledT5Decoder(PreparedT5Decoder):
 
     @cached_property
     def region_layers(self) -> list[RegionLayer]:
-        return [region_layer(block, layer) for block, layer in zip(self.blocks, self.prepared.layers)]
+        return [region_layer(block) for block in self.blocks]
 
     def _present(self, rows: Rows, cache: EarlyExitCache) -> Present:
         """What the layers of this step share for these rows."""
         self._follow(rows)
-        size = bucket(len(rows), self.static_rows)
+        size = bucket(len(rows))
         index = filled_up(rows.index, size)
         positions = filled_up(torch.tensor([cache.lengths[row] for row in rows], device=cache.device), size)
         bias = self.row_self_bias[:, :, 0]
@@ -79,8 +82,7 @@ class CompiledT5Decoder(PreparedT5Decoder):
         cross_bias = filled_up(self.row_cross_mask[:, :, 0].expand(len(rows), -1, -1), size).clone(
             memory_format=torch.contiguous_format
         )
-        parts = (self._of_any_size(part) for part in (index, positions))
-        return Present(*parts, *(self._of_any_size(part, -1) for part in (bias, cross_bias)))
+        return Present(index, positions, of_any_size(bias, -1), of_any_size(cross_bias, -1))
 
     def _past(self, layer: int, cache: EarlyExitCache) -> Past:
         """What a layer attends to; kept, since it is the same tensors at every step."""
@@ -98,26 +100,23 @@ class CompiledT5Decoder(PreparedT5Decoder):
     def warm_up(self, stretches: Iterable[range], cache: EarlyExitCache) -> Iterator[None]:
         """Compile what stretches like these need for any number of rows of the batch; yields after each graph."""
         batch, width = cache.num_rows, cache.encoder_states.shape[-1]
-        sizes = {bucket(rows, self.static_rows): rows for rows in range(batch, 1, -1)} if self.static_rows else {}
-        for rows in (Rows(range(count), batch, cache.device) for count in sorted({1, batch, *sizes.values()})):
+        sizes = {bucket(rows): rows for rows in range(self.most_rows, 0, -1)}
+        for rows in (Rows(range(count), batch, cache.device) for count in sizes.values()):
             self.begin_step(rows, cache, 1)
             for stretch in {len(stretch): stretch for stretch in stretches}.values():
                 hidden = cache.encoder_states.new_zeros(len(rows), 1, width)
                 self.run_blocks(stretch, hidden, rows, cache)
                 yield
 
-    def _of_any_size(self, tensor: torch.Tensor, *dimensions: int) -> torch.Tensor:
-        """With a graph for all sizes of these dimensions, and of the bucket unless that must be static."""
-        if self.static_rows:
-            torch._dynamo.mark_static(tensor, 0)
-        return of_any_size(tensor, *dimensions, *(() if self.static_rows else (0,)))
+
+def most_rows(cache: EarlyExitCache) -> int:
+    """Up to how many rows regions take."""
+    return 1 if cache.device.type == "cpu" else cache.num_rows
 
 
-def bucket(rows: int, powers: bool) -> int:
-    """How many rows a graph is run with: 1, or at least a tile; powers of two where shapes must be static."""
-    if rows == 1:
-        return 1
-    return max(ROW_TILE, 1 << (rows - 1).bit_length() if powers else rows)
+def bucket(rows: int) -> int:
+    """How many rows a graph is run with: the next power of two."""
+    return 1 << (rows - 1).bit_length()
 
 
 def of_any_size(tensor: torch.Tensor, *dimensions: int) -> torch.Tensor:
@@ -129,31 +128,30 @@ def of_any_size(tensor: torch.Tensor, *dimensions: int) -> torch.Tensor:
 
 
 def filled_up(tensor: torch.Tensor, size: int) -> torch.Tensor:
-    """The tensor with its last row repeated until there are `size`: what is computed for a copy is written twice."""
+    """The tensor with its last row repeated until there are `size`; what is computed for a copy is thrown away."""
     missing = size - len(tensor)
     return torch.cat([tensor, tensor[-1:].expand(missing, *tensor.shape[1:])]) if missing else tensor
 
 
-def region_layer(block: nn.Module, prepared) -> RegionLayer:
+def region_layer(block: nn.Module) -> RegionLayer:
     """The weights of a layer as a region takes them."""
     attention, cross, feed = block.layer[0].SelfAttention, block.layer[1].EncDecAttention, block.layer[2]
     dense = feed.DenseReluDense
     return RegionLayer(
         norm=block.layer[0].layer_norm.weight.detach(),
-        query_keys_values=region_map(prepared.query_keys_values, attention.q, attention.k, attention.v),
-        output=region_map(prepared.output, attention.o),
+        query_keys_values=weights_of(attention.q, attention.k, attention.v),
+        output=weights_of(attention.o),
         cross_norm=block.layer[1].layer_norm.weight.detach(),
-        cross_query=region_map(prepared.cross_query, cross.q),
-        cross_output=region_map(prepared.cross_output, cross.o),
+        cross_query=weights_of(cross.q),
+        cross_output=weights_of(cross.o),
         feed_norm=feed.layer_norm.weight.detach(),
-        feed_in=region_map(prepared.feed_in, *((dense.wi_0, dense.wi_1) if prepared.is_gated else (dense.wi,))),
-        feed_out=region_map(prepared.feed_out, dense.wo),
+        feed_in=weights_of(dense.wi_0, dense.wi_1) if hasattr(dense, "wi_0") else weights_of(dense.wi),
+        feed_out=weights_of(dense.wo),
     )
 
 
-def region_map(packed: PackedLinear, *maps: nn.Linear) -> RegionMap:
-    weights = tuple(one.weight.detach() for one in maps)
-    return RegionMap(weights, packed.weight if packed.is_packed else None, packed.out_features)
+def weights_of(*maps: nn.Linear) -> LinearMap:
+    return tuple(one.weight.detach() for one in maps)
 
 
 def compiled_region(prepared: PreparedT5, options: CompileOptions, model: nn.Module) -> Callable:

@@ -9,13 +9,12 @@ import pytest
 import torch
 from transformers import CompileConfig
 
-from hf_earlyexit import EarlyExitConfig, t5_compiled, t5_regions
+from hf_earlyexit import EarlyExitConfig, t5_compiled
 from hf_earlyexit.cache import EarlyExitCache
 from hf_earlyexit.compiling import CompileOptions, static_capacity
 from hf_earlyexit.layers import stretches
 from hf_earlyexit.rows import Rows
 from hf_earlyexit.t5_compiled import bucket, filled_up
-from hf_earlyexit.t5_regions import runs_of
 from tests import laws
 from tests.tiny import FAMILIES, NUM_LAYERS, tiny_inputs, tiny_pair
 from tests.watching import Scripted, pseudo_random_script
@@ -39,6 +38,12 @@ class Captured:
 
 
 @pytest.fixture
+def all_rows(monkeypatch):
+    """Regions take any number of rows, as on an accelerator."""
+    monkeypatch.setattr(t5_compiled, "most_rows", lambda cache: cache.num_rows)
+
+
+@pytest.fixture
 def captured():
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
@@ -54,7 +59,7 @@ def captured():
     [*((family, {}) for family in FAMILIES), ("untied", {"num_beams": 3}), ("tied", {"do_sample": True})],
     ids=str,
 )
-def test_never_is_stock(family, options, captured):
+def test_never_is_stock(family, options, captured, all_rows):
     stock, model = tiny_pair(family, 1)
     torch.manual_seed(1)
     expected = laws.stock_generate(stock, tiny_inputs(4, 1), 1, **options)
@@ -63,8 +68,22 @@ def test_never_is_stock(family, options, captured):
     assert torch.equal(output.sequences, expected.sequences) and captured.graphs
 
 
+@pytest.mark.parametrize("rows", [4, 7])
+def test_single_rows_of_a_batch_are_compiled(rows, captured):
+    """The way of a CPU: many rows are not, one is."""
+    for seed in (0, 1):
+        _, model = tiny_pair("untied", seed)
+        script = {"exit_criterion": Scripted(pseudo_random_script(seed, NUM_LAYERS)), "exit_threshold": 0.5}
+        expected = laws.generate(model, tiny_inputs(rows, seed), seed, **script)
+        output = laws.generate(model, tiny_inputs(rows, seed), seed, **script, **captured.keywords)
+        assert torch.equal(output.sequences, expected.sequences)
+        assert torch.equal(output.layers_run, expected.layers_run)
+        laws.assert_not_vacuous(output)
+    assert {graph.rows for graph in captured.graphs} == {1}
+
+
 @pytest.mark.parametrize("rows", [1, 4, 7])
-def test_scripts_follow_the_walk_without_compiling(rows, captured):
+def test_scripts_follow_the_walk_without_compiling(rows, captured, all_rows):
     for seed in (0, 1):
         _, model = tiny_pair("untied", seed)
         script = {"exit_criterion": Scripted(pseudo_random_script(seed, NUM_LAYERS)), "exit_threshold": 0.5}
@@ -81,7 +100,7 @@ def test_scripts_follow_the_walk_without_compiling(rows, captured):
 
 @pytest.mark.parametrize("criterion, threshold", [("softmax", 0.08), ("state", 0.75)])
 @pytest.mark.parametrize("fill", ["lazy", "eager"])
-def test_criteria_follow_the_walk_without_compiling(criterion, threshold, fill, captured):
+def test_criteria_follow_the_walk_without_compiling(criterion, threshold, fill, captured, all_rows):
     _, model = tiny_pair("untied", 1)
     call = {"exit_criterion": criterion, "exit_threshold": threshold, "fill": fill}
     expected = laws.generate(model, tiny_inputs(4, 1), 1, **call)
@@ -92,7 +111,7 @@ def test_criteria_follow_the_walk_without_compiling(criterion, threshold, fill, 
     laws.assert_not_vacuous(output)
 
 
-def test_padded_prompts_follow_the_walk_without_compiling(captured):
+def test_padded_prompts_follow_the_walk_without_compiling(captured, all_rows):
     prompt = {
         "decoder_input_ids": torch.tensor([[0, 5, 9, 4], [1, 0, 7, 8], [1, 1, 0, 6], [0, 3, 2, 2]]),
         "decoder_attention_mask": torch.tensor([[1, 1, 1, 1], [0, 1, 1, 1], [0, 0, 1, 1], [1, 1, 1, 1]]),
@@ -123,7 +142,7 @@ def test_few_graphs_and_none_anew_over_200_steps(exit_layers, captured):
     script = pseudo_random_script(5, len(depths))
     criterion = Scripted(lambda row, position: depths[script(row, position) - 1])
     call = {"exit_criterion": criterion, "exit_threshold": 0.5, "ends": None, **captured.keywords}
-    limit = len(lengths_of(exit_layers)) * 2  # one row, and any other number of rows
+    limit = len(lengths_of(exit_layers))  # of one row
     first = laws.generate(model, tiny_inputs(8), max_new_tokens=100, **call)
     graphs = len(captured.graphs)
     assert 0 < graphs <= limit
@@ -137,16 +156,8 @@ def test_few_graphs_and_none_anew_over_200_steps(exit_layers, captured):
     assert len(captured.graphs) <= limit + len(lengths_of(exit_layers)), "a batch of one has its own"
 
 
-def test_where_shapes_must_be_static_rows_come_in_powers_of_two(captured, monkeypatch):
-    """The way of CUDA graphs, here on the CPU."""
-    init = t5_compiled.CompiledT5Decoder.__init__
-
-    def with_static_rows(self, *args):
-        init(self, *args)
-        self.static_rows = True
-
-    monkeypatch.setattr(t5_compiled.CompiledT5Decoder, "__init__", with_static_rows)
-    monkeypatch.setattr(t5_regions, "generates", lambda states: True)
+def test_many_rows_come_in_powers_of_two(captured, all_rows):
+    """The way of an accelerator: shapes are numbers, not symbols."""
     _, model = tiny_pair("untied", 0, early_exit=EarlyExitConfig([2, 4]))
     script = pseudo_random_script(5, 3)
     criterion = Scripted(lambda row, position: 2 * script(row, position))
@@ -157,17 +168,18 @@ def test_where_shapes_must_be_static_rows_come_in_powers_of_two(captured, monkey
     assert torch.equal(output.layers_run, expected.layers_run)
     sizes = [graph.rows for graph in captured.graphs]
     assert len(sizes) == len(set(sizes)) >= 3, "all stretches are two layers long"
-    assert set(sizes) <= {1, 4, 8, 16}, "numbers, not symbols"
+    assert set(sizes) <= {1, 2, 4, 8, 16}
 
 
-def test_warm_up_leaves_nothing_to_compile(captured):
+@pytest.mark.parametrize("rows", [1, 8])
+def test_warm_up_leaves_nothing_to_compile(rows, captured, all_rows):
     _, model = tiny_pair("untied", 0, early_exit=EarlyExitConfig([1, 4]))
-    model.warm_up(batch_size=8, compile_config=captured.keywords["compile_config"])
+    model.warm_up(batch_size=rows, compile_config=captured.keywords["compile_config"])
     graphs = len(captured.graphs)
     assert model.is_prepared and graphs
     script = pseudo_random_script(5, NUM_LAYERS)
     call = {"exit_criterion": Scripted(script), "exit_threshold": 0.5, **captured.keywords}
-    laws.generate(model, tiny_inputs(8), max_new_tokens=40, ends=None, **call)
+    laws.generate(model, tiny_inputs(rows), max_new_tokens=40, ends=None, **call)
     assert len(captured.graphs) == graphs
     with pytest.raises(ValueError, match=r"`exit_layers=\[2\]` has \[2\], which are no exit points"):
         model.warm_up(exit_layers=[2])
@@ -202,7 +214,7 @@ def test_an_old_torch_is_told_so_before_any_work(monkeypatch):
         model.generate(**tiny_inputs(1), max_new_tokens=2, **call)
 
 
-def test_a_cache_of_ones_own_serves_again(captured):
+def test_a_cache_of_ones_own_serves_again(captured, all_rows):
     _, model = tiny_pair("untied", 1)
     own = EarlyExitCache(NUM_LAYERS, 4, 4, 8, dtype=torch.float64, capacity=4)
     call = {"exit_criterion": Scripted(pseudo_random_script(1, NUM_LAYERS)), "exit_threshold": 0.5}
@@ -224,7 +236,7 @@ class Interrupting:
         return point.hidden.new_zeros(len(point.rows))
 
 
-def test_after_an_interruption_the_model_is_as_it_was(captured):
+def test_after_an_interruption_the_model_is_as_it_was(captured, all_rows):
     _, model = tiny_pair("untied", 1)
     expected = laws.generate(model, tiny_inputs(4, 1), 1, **captured.keywords)
     with pytest.raises(KeyboardInterrupt):
@@ -258,13 +270,8 @@ def test_options_are_the_librarys_without_its_defaults_for_another_device():
 
 
 def test_buckets_and_filling_up():
-    assert [bucket(rows, False) for rows in (1, 2, 4, 5, 9)] == [1, 4, 4, 5, 9]
-    assert [bucket(rows, True) for rows in (1, 2, 4, 5, 9)] == [1, 4, 4, 8, 16]
+    assert [bucket(rows) for rows in (1, 2, 3, 4, 5, 9)] == [1, 2, 4, 4, 8, 16]
     assert filled_up(torch.tensor([3, 7]), 4).tolist() == [3, 7, 7, 7]
-
-
-def test_runs_of_rows():
-    assert runs_of([2, 3, 5, 6, 6, 6]) == [(0, 2, 2), (2, 4, 5), (4, 5, 6), (5, 6, 6)]
 
 
 @pytest.mark.parametrize("chosen", [[0, 1, 2], [1], [0, 2]])

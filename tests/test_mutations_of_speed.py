@@ -47,7 +47,9 @@ def compiled_frozen_rows():
     call |= {"exit_layers": [2, 4]}
     expected = laws.generate(model, tiny_inputs(5, 1), 1, **call)
     keywords = {"cache_implementation": "static", "compile_config": CompileConfig(backend="eager")}
-    output = laws.generate(model, tiny_inputs(5, 1), 1, **call, **keywords)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(t5_compiled, "most_rows", lambda own_cache: own_cache.num_rows)
+        output = laws.generate(model, tiny_inputs(5, 1), 1, **call, **keywords)
     assert torch.equal(output.sequences, expected.sequences)
     for mine, others in zip(output.logits, expected.logits):
         torch.testing.assert_close(mine, others)
@@ -146,22 +148,19 @@ def attends_to_a_position_too_few(present):
     return mutant
 
 
-@swapped(t5_compiled, "filled_up")
-def fills_up_with_the_first_row(filled_up):
-    """States are copies of the last row, but are taken for the first one's."""
-
-    def mutant(tensor, size):
-        found = filled_up(tensor, size)
-        if found.dtype == torch.long and len(found) > len(tensor):
-            found[len(tensor) :] = found[0]
+@swapped(Compiled, "_present")
+def attends_to_the_first_rows(present):
+    def mutant(self, rows, own_cache):
+        found = present(self, rows, own_cache)
+        found.rows.copy_(torch.arange(len(found.rows)).clamp(max=own_cache.num_rows - 1))
         return found
 
     return mutant
 
 
-@swapped(t5_regions, "runs_of")
-def attends_to_the_first_rows(runs_of):
-    return lambda rows: [(start, stop, start) for start, stop, _ in runs_of(rows)]
+@swapped(t5_regions, "attend_self")
+def forgets_the_present(attend_self):
+    return lambda query, key, value, past, present: attend_self(query, 0 * key, 0 * value, past, present)
 
 
 @swapped(lean, "choose")
@@ -183,8 +182,8 @@ MUTATIONS = [
     (forgets_a_layer, prepared_never),
     (writes_regions_to_the_wrong_rows, compiled_frozen_rows),
     (attends_to_a_position_too_few, compiled_frozen_rows),
-    (fills_up_with_the_first_row, compiled_frozen_rows),
     (attends_to_the_first_rows, compiled_frozen_rows),
+    (forgets_the_present, compiled_frozen_rows),
     (never_draws, sampling_is_stock),
     (lets_ended_rows_run, ended_rows_rest),
 ]
