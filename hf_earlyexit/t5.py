@@ -92,6 +92,7 @@ class T5Decoder:
         padded = decoder_mask is not None and not decoder_mask.all()
         self.prompt_mask = additive_mask(decoder_mask, self.dtype, device, decoder_mask.shape[1]) if padded else None
         self.reversed_bias = torch.empty(0)
+        self.candidates: torch.Tensor | None = None
 
     @staticmethod
     def shape(model: nn.Module) -> DecoderShape:
@@ -168,7 +169,9 @@ class T5Decoder:
 
     def lm_head_rows(self, head_input: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         head = self.model.lm_head
-        scores = (nn.functional.embedding(ids, head.weight) @ head_input[:, :, None])[:, :, 0]
+        if ids is not self.candidates:  # the same at all exit points of a step while no row leaves
+            self.candidates, self.candidate_weights = ids, nn.functional.embedding(ids, head.weight)
+        scores = (self.candidate_weights @ head_input[:, :, None])[:, :, 0]
         return scores if head.bias is None else scores + head.bias[ids]
 
     def exit_probability(self, layer: int, hidden: torch.Tensor) -> torch.Tensor:

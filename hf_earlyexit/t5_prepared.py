@@ -17,6 +17,7 @@ from transformers.activations import NewGELUActivation
 
 from hf_earlyexit.attention import attend, sdpa
 from hf_earlyexit.cache import EarlyExitCache
+from hf_earlyexit.heads import NormHead
 from hf_earlyexit.packing import PackedLinear, at_least_a_tile
 from hf_earlyexit.policies import at_least_float32
 from hf_earlyexit.rows import Rows
@@ -43,14 +44,14 @@ class PreparedLayer:
 class Norm:
     """A root-mean-square norm in four operations, with its own scale or with none."""
 
-    def __init__(self, norm: nn.Module, scaled: bool = True):
+    def __init__(self, norm: nn.Module, scaled: bool = True, factor: float = 1.0):
         width = norm.weight.shape[0]
         # |x| and the square root of width x epsilon are the legs of a triangle whose third side is what the norm
         # divides by, but for the square root of the width, which is in the scale.
-        epsilon = norm.variance_epsilon if hasattr(norm, "variance_epsilon") else norm.eps  # apex calls it `eps`
+        epsilon = next(getattr(norm, name) for name in ("variance_epsilon", "epsilon", "eps") if hasattr(norm, name))
         self.floor = at_least_float32(norm.weight.new_tensor((width * epsilon) ** 0.5))
         weight = at_least_float32(norm.weight.detach())
-        self.scale = (weight if scaled else torch.ones_like(weight)) * width**0.5
+        self.scale = (weight if scaled else torch.ones_like(weight)) * (factor * width**0.5)
         self.is_half = weight.dtype != norm.weight.dtype
 
     def __call__(self, states: torch.Tensor) -> torch.Tensor:
@@ -77,6 +78,7 @@ class PreparedT5:
             self.layers = [PreparedLayer(block) for block in model.decoder.block]
             self.lm_head = packed(model.lm_head)
             self.stacked_norm = Norm(model.decoder.block[0].layer[0].layer_norm, scaled=False)
+        self.exit_norms = exit_norms(model)
         self.blocks = model.decoder.block
         self.stacks: dict[int, PackedLinear] = {}
         self.compiled: dict[Hashable, Callable] = {}
@@ -180,6 +182,10 @@ class PreparedT5Decoder(T5Decoder):
         projected = projected.view(len(states), len(layers), 2, -1, self.head_dim)
         return projected.permute(2, 1, 0, 3, 4)
 
+    def head_input(self, layer: int, hidden: torch.Tensor) -> torch.Tensor:
+        norm = self.prepared.exit_norms.get(layer)
+        return super().head_input(layer, hidden) if norm is None else norm(hidden)
+
     def lm_head(self, head_input: torch.Tensor) -> torch.Tensor:
         return self.prepared.lm_head(at_least_a_tile(head_input))[: len(head_input)]
 
@@ -187,6 +193,17 @@ class PreparedT5Decoder(T5Decoder):
 def packed(*maps: nn.Linear) -> PackedLinear:
     """The maps, of the same input, as one."""
     return PackedLinear(torch.cat([one.weight for one in maps]) if len(maps) > 1 else maps[0].weight)
+
+
+def exit_norms(model: nn.Module) -> dict[int, Norm]:
+    """By layer, what makes the LM head's input there, for heads that are a norm alone, the last layer's included."""
+    factor = model.model_dim**-0.5 if model.config.scale_decoder_outputs else 1.0
+    final, norms = model.decoder.final_layer_norm, {}
+    for layer in range(1, len(model.decoder.block) + 1):
+        head = model.exit_heads.head_of(layer, final)
+        if head is final or type(head) is NormHead:
+            norms[layer] = Norm(final if head is final else head.norm, factor=factor)
+    return norms
 
 
 def faster(activation: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
