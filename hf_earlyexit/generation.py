@@ -25,26 +25,19 @@ from transformers import (
 from transformers.generation import (
     GenerateBeamEncoderDecoderOutput,
     GenerateEncoderDecoderOutput,
-    GenerationMode,
 )
 
-from hf_earlyexit import attention
 from hf_earlyexit.cache import EarlyExitCache
 from hf_earlyexit.certified import CertifiedMixin
 from hf_earlyexit.compiling import CompileOptions, static_capacity
 from hf_earlyexit.layers import stretches
 from hf_earlyexit.lean import generate_tokens
 from hf_earlyexit.prepared import PreparedMixin
+from hf_earlyexit.refusals import around_the_hooks, not_supported, refuse
 from hf_earlyexit.run import ExitRun, RecordingStoppingCriteria
 from hf_earlyexit.settings import ExitSettings
 
 
-MODES = (
-    GenerationMode.GREEDY_SEARCH,
-    GenerationMode.SAMPLE,
-    GenerationMode.BEAM_SEARCH,
-    GenerationMode.BEAM_SAMPLE,
-)
 _NOT_GIVEN: Any = object()
 
 
@@ -149,9 +142,9 @@ class EarlyExitGenerationMixin(CertifiedMixin, PreparedMixin):
         settings = ExitSettings.merge(given, call.get("generation_config"), self.generation_config)
         num_layers, vocabulary = self.decoder_adapter.shape(self).num_layers, self.config.vocab_size
         settings.check_against(self.early_exit, num_layers, vocabulary)
-        if problems := _around_the_hooks(call):
+        if problems := around_the_hooks(call):
             if settings.early_exit:
-                _refuse(problems)
+                refuse(problems)
             return super().generate(*args, **kwargs)
         self._hold_to_certificate(settings, call)
         return super().generate(*args, exit_settings=settings, **kwargs)
@@ -215,9 +208,9 @@ class EarlyExitGenerationMixin(CertifiedMixin, PreparedMixin):
         settings: ExitSettings | None = kwargs.pop("exit_settings", None)
         generation_config, model_kwargs = super()._prepare_generation_config(generation_config, **kwargs)
         if settings is not None:
-            problems = _not_supported(self, generation_config, model_kwargs)
+            problems = not_supported(self, generation_config, model_kwargs)
             if settings.early_exit:
-                _refuse(problems)
+                refuse(problems)
             generation_config._exit_settings = None if problems else settings
             if not problems:
                 self._choose_decoder(generation_config, settings)
@@ -292,7 +285,7 @@ class EarlyExitGenerationMixin(CertifiedMixin, PreparedMixin):
             return super()._sample(*call, synced_gpus=synced_gpus, streamer=streamer, **model_kwargs)
         if synced_gpus:  # the library's own idea, where ranks share the weights
             if run.exit_points:
-                _refuse(["weights that are spread over ranks, which would leave at different layers: gather them"])
+                refuse(["weights that are spread over ranks, which would leave at different layers: gather them"])
             output = super()._sample(*call, synced_gpus=True, streamer=streamer, **model_kwargs)
             return _with_exits(output, run)
         decoder, cache = model_kwargs["exit_decoder"], model_kwargs["past_key_values"]
@@ -366,61 +359,3 @@ def _with_exits(output, run: ExitRun | None):
         cls, new_tokens = EarlyExitGenerateOutput, output.sequences.shape[1] - run.prompt_length
         layers, confidences = layers[:, :new_tokens], confidences[:, :new_tokens]
     return cls(**output, layers_run=layers, exit_confidences=confidences, **run.work_by_layer())
-
-
-def _refuse(problems: list[str]) -> None:
-    if problems:
-        raise ValueError(f"Early exit does not go with {'; '.join(problems)}. Or pass `early_exit=False`.")
-
-
-def _around_the_hooks(call: dict[str, Any]) -> list[str]:
-    """What among the arguments of `generate` would go around the hooks, each with the remedy."""
-    problems = []
-    if call.get("custom_generate") is not None:
-        problems.append("`custom_generate`, which brings its own loop: leave it out")
-    if call.get("assistant_model") is not None:
-        problems.append("`assistant_model` (assisted generation): leave it out")
-    if call.get("synced_gpus"):
-        problems.append("`synced_gpus=True`, since ranks would leave at different layers: leave it out")
-    if call.get("negative_prompt_ids") is not None:
-        problems.append("`negative_prompt_ids` (classifier-free guidance): leave it out")
-    if call.get("cache_implementation") == "paged":
-        problems.append('`cache_implementation="paged"` (continuous batching): leave it out')
-    return problems
-
-
-def _not_supported(model, config: GenerationConfig, model_kwargs: dict[str, Any]) -> list[str]:
-    """What in a prepared call the walk cannot do, each with the remedy: refused, or stock's at full depth."""
-    problems = []
-    cache = model_kwargs.get("past_key_values")
-    if model_kwargs.get("decoder_inputs_embeds") is not None:
-        problems.append("`decoder_inputs_embeds`: pass `decoder_input_ids`")
-    if config.use_cache is False:
-        problems.append("`use_cache=False`: leave it out")
-    if cache is not None and not isinstance(cache, EarlyExitCache):
-        problems.append(f"`past_key_values` of type {type(cache).__name__}: leave it out, or pass an `EarlyExitCache`")
-    if config.cache_implementation not in (None, "static"):
-        problems.append(f'`cache_implementation={config.cache_implementation!r}`: use "static", or leave it out')
-    if config.compile_config is not None and config.cache_implementation is None:
-        problems.append('`compile_config` alone: add `cache_implementation="static"`, or leave it out')
-    if getattr(config.compile_config, "dynamic", None) is not None:
-        problems.append(f"`compile_config` with dynamic={config.compile_config.dynamic}: leave it out")
-    if config.prefill_chunk_size is not None:
-        problems.append(f"`prefill_chunk_size={config.prefill_chunk_size}`: leave it out")
-    if config.guidance_scale not in (None, 1):
-        problems.append(f"`guidance_scale={config.guidance_scale}`: leave it out")
-    if config.output_attentions:
-        problems.append("`output_attentions=True`, since skipped layers have none: leave it out")
-    if config.output_hidden_states:
-        problems.append("`output_hidden_states=True`, since skipped layers have none: leave it out")
-    if (mode := config.get_generation_mode()) not in MODES:
-        problems.append(f"generation mode {mode.value!r}: use greedy search, sampling or beams")
-    if config.is_assistant:
-        problems.append("being the assistant of another model: use it on its own")
-    if model.training:
-        problems.append("training mode: call `model.eval()`")
-    if not model.decoder.config._attn_implementation.startswith(attention.PREFIX):
-        problems.append(f"`attn_implementation={model.config._attn_implementation!r}`: use 'sdpa' or 'eager'")
-    if len(set((getattr(model, "hf_device_map", None) or {}).values())) > 1:
-        problems.append("a model spread over several devices by `device_map`: put it on one")
-    return problems

@@ -1,0 +1,85 @@
+"""Answers for what `generate` cannot do with exits: each thing by name, with the remedy.
+
+Without early exit the same things are left to the library, so a problem is said here and judged elsewhere.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import GenerationConfig
+from transformers.generation import GenerationMode
+
+from hf_earlyexit import attention
+from hf_earlyexit.cache import EarlyExitCache
+
+
+MODES = (
+    GenerationMode.GREEDY_SEARCH,
+    GenerationMode.SAMPLE,
+    GenerationMode.BEAM_SEARCH,
+    GenerationMode.BEAM_SAMPLE,
+)
+
+
+def refuse(problems: list[str]) -> None:
+    """Refuse a call that has problems.
+
+    Raises:
+        ValueError: It has some; the message names them all.
+    """
+    if problems:
+        raise ValueError(f"Early exit does not go with {'; '.join(problems)}. Or pass `early_exit=False`.")
+
+
+def around_the_hooks(call: dict[str, Any]) -> list[str]:
+    """What among the arguments of `generate` would go around the hooks, each with the remedy."""
+    problems = []
+    if call.get("custom_generate") is not None:
+        problems.append("`custom_generate`, which brings its own loop: leave it out")
+    if call.get("assistant_model") is not None:
+        problems.append("`assistant_model` (assisted generation): leave it out")
+    if call.get("synced_gpus"):
+        problems.append("`synced_gpus=True`, since ranks would leave at different layers: leave it out")
+    if call.get("negative_prompt_ids") is not None:
+        problems.append("`negative_prompt_ids` (classifier-free guidance): leave it out")
+    if call.get("cache_implementation") == "paged":
+        problems.append('`cache_implementation="paged"` (continuous batching): leave it out')
+    return problems
+
+
+def not_supported(model, config: GenerationConfig, model_kwargs: dict[str, Any]) -> list[str]:
+    """What in a prepared call the walk cannot do, each with the remedy: refused, or stock's at full depth."""
+    problems = []
+    cache = model_kwargs.get("past_key_values")
+    if model_kwargs.get("decoder_inputs_embeds") is not None:
+        problems.append("`decoder_inputs_embeds`: pass `decoder_input_ids`")
+    if config.use_cache is False:
+        problems.append("`use_cache=False`: leave it out")
+    if cache is not None and not isinstance(cache, EarlyExitCache):
+        problems.append(f"`past_key_values` of type {type(cache).__name__}: leave it out, or pass an `EarlyExitCache`")
+    if config.cache_implementation not in (None, "static"):
+        problems.append(f'`cache_implementation={config.cache_implementation!r}`: use "static", or leave it out')
+    if config.compile_config is not None and config.cache_implementation is None:
+        problems.append('`compile_config` alone: add `cache_implementation="static"`, or leave it out')
+    if getattr(config.compile_config, "dynamic", None) is not None:
+        problems.append(f"`compile_config` with dynamic={config.compile_config.dynamic}: leave it out")
+    if config.prefill_chunk_size is not None:
+        problems.append(f"`prefill_chunk_size={config.prefill_chunk_size}`: leave it out")
+    if config.guidance_scale not in (None, 1):
+        problems.append(f"`guidance_scale={config.guidance_scale}`: leave it out")
+    if config.output_attentions:
+        problems.append("`output_attentions=True`, since skipped layers have none: leave it out")
+    if config.output_hidden_states:
+        problems.append("`output_hidden_states=True`, since skipped layers have none: leave it out")
+    if (mode := config.get_generation_mode()) not in MODES:
+        problems.append(f"generation mode {mode.value!r}: use greedy search, sampling or beams")
+    if config.is_assistant:
+        problems.append("being the assistant of another model: use it on its own")
+    if model.training:
+        problems.append("training mode: call `model.eval()`")
+    if not model.decoder.config._attn_implementation.startswith(attention.PREFIX):
+        problems.append(f"`attn_implementation={model.config._attn_implementation!r}`: use 'sdpa' or 'eager'")
+    if len(set((getattr(model, "hf_device_map", None) or {}).values())) > 1:
+        problems.append("a model spread over several devices by `device_map`: put it on one")
+    return problems
