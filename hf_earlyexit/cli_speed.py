@@ -316,10 +316,10 @@ def time_model_of(arguments: argparse.Namespace, criterion: str | None, model) -
 
 
 def read_time_model(arguments: argparse.Namespace, criterion: str | None) -> TimeModel:
-    """The time model in what `tune --json-out` has written.
+    """The time model in what `tune --json-out` has written; the arguments take over how it was measured.
 
     Raises:
-        ValueError: There is none, or it is of another criterion, of fewer rows, or was measured otherwise.
+        ValueError: There is none, or it is of another criterion or of fewer rows.
     """
     from hf_earlyexit.time_model import TimeModel
 
@@ -330,11 +330,8 @@ def read_time_model(arguments: argparse.Namespace, criterion: str | None) -> Tim
     time_model = TimeModel.from_dict(values)
     if arguments.batch > max(time_model.rows):
         raise ValueError(f"--batch {arguments.batch}: {path} was measured up to {max(time_model.rows)} rows: again")
-    for name in ("source", "threads", "device", "dtype", "prepared"):
-        if name in stored and stored[name] != getattr(arguments, name):
-            raise ValueError(
-                f"--{name} {getattr(arguments, name)}: {path} was measured with {stored[name]}: measure again"
-            )
+    for name in ("source", "threads", "device", "dtype", "prepared", "rounds"):
+        setattr(arguments, name, stored.get(name, getattr(arguments, name)))  # what the times that are told depend on
     if criterion not in (None, time_model.criterion):
         raise ValueError(f"--time-model {path} is of {time_model.criterion}, not of {criterion}: measure again")
     return time_model

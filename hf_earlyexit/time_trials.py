@@ -131,7 +131,7 @@ def _keep(found: list, call: Callable[[], Any]) -> None:
 
 
 def generate(model: Any, states: torch.Tensor, new_tokens: int) -> torch.Tensor:
-    """Full depth in the library's loop, behind the same encoder states."""
+    """Full depth in `generate`, behind the same encoder states."""
     mask = torch.ones(states.shape[:2], dtype=torch.long, device=states.device)
     length = {"min_new_tokens": new_tokens, "max_new_tokens": new_tokens, "num_beams": 1, "do_sample": False}
     return model.generate(encoder_outputs=BaseModelOutput(states), attention_mask=mask, early_exit=False, **length)
@@ -145,7 +145,7 @@ def solve(
     Args:
         trials: See `trials_for`.
         parts: Seconds of each trial by part.
-        whole: Seconds of full depth without timers: `untimed`, the walk alone; `generate`, in the library's loop.
+        whole: Seconds of full depth without timers: `untimed`, the walk alone; `generate`, its loop included.
     """
     never, in_vain = parts["never"], parts["in vain"]
     steps, visits = trials["never"].work.steps, _times(trials["never"].work.rows)

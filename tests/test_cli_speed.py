@@ -107,6 +107,10 @@ def test_tune_measures_and_reads_what_it_has_written(verb, tmp_path, capsys):
     kept.write_text(json.dumps(found), encoding="utf-8")
     _, again = verb(*chosen, "--batch", 2, "--time-model", kept)
     assert again["ranking"] == found["ranking"]
+    assert again["source"] == found["source"] != 64, "how it was measured is taken over"
+    arguments = [*chosen, "--batch", 4, "--time-model", kept]
+    assert main([*map(str, arguments)]) == 2
+    assert "--batch 4" in capsys.readouterr().err and found["time_model"]["rows"][-1] == 2
 
 
 def test_what_does_not_go_together_is_refused(capsys, tmp_path):
