@@ -27,7 +27,6 @@ KINDS = {
     "compiled": "#d62728",
     "ctranslate2": "#2ca02c",
 }
-SHOWN = tuple(KINDS)
 
 
 def ratios_of(case: dict[str, Any]) -> dict[str, dict[str, float]]:
@@ -40,6 +39,11 @@ def ratios_of(case: dict[str, Any]) -> dict[str, dict[str, float]]:
     return found
 
 
+def shown(case: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """The ways to decode among them."""
+    return {name: ratio for name, ratio in ratios_of(case).items() if name.startswith(tuple(KINDS))}
+
+
 def kind_of(name: str) -> str:
     return next(kind for kind in KINDS if name.startswith(kind))
 
@@ -47,7 +51,8 @@ def kind_of(name: str) -> str:
 def draw(cases: Sequence[dict[str, Any]], path: Path) -> None:
     """A panel per cell, a line per call."""
     pyplot = require("matplotlib.pyplot", "report")
-    sizes = [len(ratios_of(case)) for case in cases]
+    cases = [case for case in cases if shown(case)]
+    sizes = [len(shown(case)) for case in cases]
     figure, panels = pyplot.subplots(
         len(cases), 1, figsize=(9, 0.26 * sum(sizes) + 0.9 * len(cases)), height_ratios=sizes, squeeze=False
     )
@@ -61,7 +66,7 @@ def draw(cases: Sequence[dict[str, Any]], path: Path) -> None:
 
 def draw_cell(case: dict[str, Any], panel: Any) -> None:
     """One panel: the median as a dot, the interquartile range as a line, the number beside it."""
-    found = {name: ratio for name, ratio in ratios_of(case).items() if name.startswith(SHOWN)}
+    found = shown(case)
     names = sorted(found, key=lambda name: -found[name]["median"])
     for place, name in enumerate(names):
         median, half = found[name]["median"], found[name]["median"] * found[name]["iqr"] / 2
