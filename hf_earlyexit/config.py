@@ -119,10 +119,12 @@ def check_exit_layers(layers: Sequence[int]) -> None:
 
 
 def is_integer(value) -> bool:
+    """Whether it is a whole number; True and False are not."""
     return isinstance(value, int) and not isinstance(value, bool)
 
 
 def is_number(value) -> bool:
+    """Whether it is a number; True and False are not."""
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 

@@ -210,6 +210,7 @@ def describe(trial: Trial, colour: bool, width: int) -> str:
 
 
 def introduction(trial: Trial, width: int) -> str:
+    """What the demo does and how its colours are read, wrapped to `width` columns."""
     settings = ", ".join(f"{name}={value!r}" for name, value in trial.settings.items())
     text = (
         f"A small T5 describes {len(trial.inputs)} restaurants. After decoder layer {_list(trial.exit_layers)} of "
@@ -340,6 +341,7 @@ def about_other_inputs(settings: dict[str, Any]) -> str:
 
 
 def what_next() -> str:
+    """Commands to try after the demo."""
     return "\n".join(
         (
             "Try  hf-earlyexit demo --criterion classifier --threshold 0.5     leave sooner, and watch the text break",

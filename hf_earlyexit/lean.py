@@ -41,6 +41,7 @@ def generate_tokens(
     scores = () if wanted and generation_config.output_scores else None
     logits = () if wanted and generation_config.output_logits else None
     pads_ended = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
+    padding = generation_config._pad_token_tensor.to(input_ids.device) if pads_ended else None
     ended = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
     new_ids = ids = input_ids
     while True:
@@ -51,8 +52,8 @@ def generate_tokens(
         if logits is not None:
             logits += (token_logits,)
         tokens = choose(token_scores, generation_config.do_sample)
-        if pads_ended:
-            tokens = tokens.where(ended.logical_not(), generation_config._pad_token_tensor.to(tokens.device))
+        if padding is not None:
+            tokens = tokens.where(ended.logical_not(), padding)
         new_ids = tokens[:, None]
         ids = torch.cat([ids, new_ids], dim=-1)
         if streamer is not None:

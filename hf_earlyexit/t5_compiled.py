@@ -151,6 +151,7 @@ def region_layer(block: nn.Module) -> RegionLayer:
 
 
 def weights_of(*maps: nn.Linear) -> LinearMap:
+    """The weights of maps of the same input, the model's own, without gradients."""
     return tuple(one.weight.detach() for one in maps)
 
 
