@@ -17,8 +17,6 @@ The last line of stdout is JSON.
 
 from __future__ import annotations
 
-import argparse
-import copy
 import json
 import math
 import shlex
@@ -26,28 +24,16 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
 import torch
-from datasets import Dataset, load_dataset
-from transformers import (
-    AutoTokenizer,
-    DataCollatorForSeq2Seq,
-    EvalPrediction,
-    HfArgumentParser,
-    PreTrainedTokenizerBase,
-    Seq2SeqTrainingArguments,
-)
+from text_pairs import DataArguments, HelpFormatter, RougeOfDistinctInputs, check_data, read_pairs, tokenize
+from transformers import AutoTokenizer, DataCollatorForSeq2Seq, HfArgumentParser, Seq2SeqTrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
 from hf_earlyexit import ClassifierConfig, EarlyExitConfig, EarlyExitT5ForConditionalGeneration
 from hf_earlyexit.config import CLASSIFIER_KINDS, HEAD_KINDS, early_exit_config
-from hf_earlyexit.data import Example, column_pairs, group_by_input, read_file, text_columns
-from hf_earlyexit.metrics import Rouge
+from hf_earlyexit.data import group_by_input
 from hf_earlyexit.objectives import OBJECTIVES, WEIGHTS, ExitClassifiers, MultiExit, Objective
 from hf_earlyexit.training import EarlyExitTrainer
-
-
-DATASET_CONFIGS = {"cnn_dailymail": "3.0.0", "abisee/cnn_dailymail": "3.0.0"}
 
 
 @dataclass
@@ -81,24 +67,6 @@ class ObjectiveArguments:
 
 
 @dataclass
-class DataArguments:
-    """The texts."""
-
-    dataset: str | None = field(default=None, metadata={"help": "name or folder, as for datasets.load_dataset"})
-    dataset_config: str | None = field(default=None, metadata={"help": "configuration of the data set"})
-    train_file: str | None = field(default=None, metadata={"help": "in place of --dataset: .csv, .jsonl or .parquet"})
-    validation_file: str | None = field(default=None, metadata={"help": "goes with --train_file"})
-    source_column: str | None = field(default=None, metadata={"help": "column of the inputs (known names are found)"})
-    target_column: str | None = field(default=None, metadata={"help": "column of the targets (known names are found)"})
-    prefix: str = field(default="", metadata={"help": "put before each input, such as 'summarize: '"})
-    max_source_tokens: int = field(default=512, metadata={"help": "inputs are cut to this length"})
-    max_target_tokens: int = field(
-        default=128, metadata={"help": "targets and generated texts are cut to this length"}
-    )
-    max_validation_inputs: int | None = field(default=None, metadata={"help": "distinct inputs to evaluate on (all)"})
-
-
-@dataclass
 class RunArguments:
     """The run itself."""
 
@@ -106,15 +74,11 @@ class RunArguments:
     evaluate_exits: bool = field(default=False, metadata={"help": "report every exit in evaluations in between, too"})
 
 
-class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Shows defaults, and the description as it is written."""
-
-
 def main(argv: list[str] | None = None) -> None:
     """Train, evaluate every exit, save; the last line printed is JSON."""
     argv = sys.argv[1:] if argv is None else argv
     kinds = (ModelArguments, ObjectiveArguments, DataArguments, RunArguments, Seq2SeqTrainingArguments)
-    parser = HfArgumentParser(kinds, description=__doc__, formatter_class=_Formatter)
+    parser = HfArgumentParser(kinds, description=__doc__, formatter_class=HelpFormatter)
     model_args, objective_args, data_args, run_args, training = parser.parse_args_into_dataclasses(argv)
     try:
         objective = make_objective(objective_args)
@@ -189,64 +153,6 @@ def exit_config(arguments: ModelArguments, objective: ObjectiveArguments) -> Ear
 def on_hub(name: str | None) -> str | None:
     """The name, unless it is a folder here: what a model card may link to."""
     return None if name is None or Path(name).exists() else name
-
-
-def check_data(arguments: DataArguments) -> None:
-    """Refuse what names no texts."""
-    if (arguments.dataset is None) == (arguments.train_file is None):
-        raise ValueError("Give either --dataset or --train_file.")
-    if arguments.train_file is not None and arguments.validation_file is None:
-        raise ValueError(
-            "--train_file goes with --validation_file: full depth is evaluated before and after training."
-        )
-
-
-def read_pairs(arguments: DataArguments) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
-    """Training and validation pairs, inputs with the prefix."""
-    if arguments.train_file is not None:
-        parts = read_file(arguments.train_file), read_file(arguments.validation_file)
-    else:
-        own = None if Path(arguments.dataset).exists() else DATASET_CONFIGS.get(arguments.dataset)
-        config = arguments.dataset_config or own
-        parts = load_dataset(arguments.dataset, config, split=["train", "validation"])
-    return tuple(pairs_of(part, arguments) for part in parts)
-
-
-def pairs_of(dataset: Dataset, arguments: DataArguments) -> list[tuple[str, str]]:
-    """The pairs of one split."""
-    columns = text_columns(dataset.column_names, arguments.source_column, arguments.target_column)
-    return column_pairs(dataset, *columns, prefix=arguments.prefix)
-
-
-def tokenize(tokenizer: PreTrainedTokenizerBase, pairs: list[tuple[str, str]], arguments: DataArguments) -> Dataset:
-    """Rows with `input_ids`, `attention_mask` and `labels`."""
-    tokenizer = copy.deepcopy(tokenizer)  # it remembers how it cut, and the one that is saved should not
-
-    def encode(rows: dict[str, list[str]]) -> dict[str, list[list[int]]]:
-        encoded = tokenizer(rows["source"], truncation=True, max_length=arguments.max_source_tokens)
-        targets = tokenizer(text_target=rows["target"], truncation=True, max_length=arguments.max_target_tokens)
-        return {**encoded, "labels": targets["input_ids"]}
-
-    sources, targets = zip(*pairs)
-    rows = Dataset.from_dict({"source": list(sources), "target": list(targets)})
-    return rows.map(encode, batched=True, remove_columns=rows.column_names, desc="tokenising")
-
-
-class RougeOfDistinctInputs:
-    """As `compute_metrics`: ROUGE of generated texts, each against all references of its input.
-
-    Args:
-        examples: The distinct inputs, in the order of the evaluation set.
-    """
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, examples: list[Example]):
-        self.tokenizer, self.examples = tokenizer, examples
-
-    def __call__(self, prediction: EvalPrediction) -> dict[str, float]:
-        ids = np.where(prediction.predictions < 0, self.tokenizer.pad_token_id, prediction.predictions)
-        texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
-        references = [list(example.references) for example in self.examples]
-        return Rouge().compute(predictions=texts, references=references)
 
 
 def train(trainer: EarlyExitTrainer, resume: bool) -> dict[str, float]:

@@ -87,7 +87,7 @@ def test_the_first_stage_says_what_it_measured_and_saves(first_stage, folder):
 def test_distinct_inputs_are_evaluated_against_all_their_references(folder):
     """Six rows, five distinct inputs; the best of two references counts."""
     sys.path.insert(0, str(SCRIPT.parent))
-    from train_exits import Example, RougeOfDistinctInputs
+    from text_pairs import Example, RougeOfDistinctInputs
 
     tokenizer = AutoTokenizer.from_pretrained(CHECKPOINT)
     ids = tokenizer(["the fox", "a dog"], padding=True, return_tensors="np").input_ids

@@ -1,0 +1,205 @@
+"""Train a tokenizer and a plain T5 from scratch on pairs of texts: a checkpoint without exits, for stock transformers.
+
+The model is in the shape of T5 1.1 with tied embeddings, the tokenizer a unigram model of the training texts. It is
+the first of the three stages of an early-exit checkpoint where there is no pretrained model for the texts at hand; the
+other two are `scripts/train_exits.py`.
+
+    python scripts/pretrain_t5.py --train_file train.jsonl.gz --validation_file validation.jsonl.gz \\
+        --prefix "summarize: " --output_dir plain --num_train_epochs 3 --learning_rate 1.5e-3 --bf16
+
+A run that was cut off goes on with `--resume`; its tokenizer is then read back from the output folder. All arguments
+of `Seq2SeqTrainingArguments` are arguments here. The last line of stdout is JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import transformers
+from huggingface_hub import ModelCard, ModelCardData
+from text_pairs import DataArguments, HelpFormatter, RougeOfDistinctInputs, check_data, read_pairs, tokenize
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers.decoders import Metaspace
+from transformers import (
+    AutoTokenizer,
+    DataCollatorForSeq2Seq,
+    HfArgumentParser,
+    PreTrainedTokenizerFast,
+    Seq2SeqTrainer,
+    Seq2SeqTrainingArguments,
+    T5Config,
+    T5ForConditionalGeneration,
+    set_seed,
+)
+from transformers.trainer_utils import get_last_checkpoint
+
+from hf_earlyexit.data import group_by_input
+from hf_earlyexit.metrics import ROUGE_TYPES
+
+
+PAD, END, UNKNOWN = "<pad>", "</s>", "<unk>"
+
+
+@dataclass
+class ShapeArguments:
+    """The shape of the model."""
+
+    vocab_size: int = field(default=8000, metadata={"help": "pieces of the tokenizer"})
+    encoder_layers: int = field(default=8, metadata={"help": "layers that read the input"})
+    decoder_layers: int = field(default=8, metadata={"help": "layers that write"})
+    d_model: int = field(default=256, metadata={"help": "width of the hidden states"})
+    d_ff: int = field(default=640, metadata={"help": "inner width of the gated feed-forward layers"})
+    num_heads: int = field(default=8, metadata={"help": "attention heads, of d_model / num_heads each"})
+    dropout: float = field(default=0.05, metadata={"help": "dropout rate"})
+
+
+@dataclass
+class RunArguments:
+    """The run itself."""
+
+    resume: bool = field(default=False, metadata={"help": "go on from the last checkpoint in --output_dir, if any"})
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Train the tokenizer, train the model, evaluate, save; the last line printed is JSON."""
+    argv = sys.argv[1:] if argv is None else argv
+    kinds = (ShapeArguments, DataArguments, RunArguments, Seq2SeqTrainingArguments)
+    parser = HfArgumentParser(kinds, description=__doc__, formatter_class=HelpFormatter)
+    shape, data, run, training = parser.parse_args_into_dataclasses(argv)
+    try:
+        check_shape(shape)
+        check_data(data)
+        train_pairs, validation_pairs = read_pairs(data)
+    except (ValueError, OSError) as error:  # the user's to mend, and nothing has been done yet
+        print(f"{parser.prog}: error: {error} See --help.", file=sys.stderr)
+        sys.exit(2)
+    folder = Path(training.output_dir)
+    tokenizer = known_tokenizer(folder) if run.resume else None
+    if tokenizer is None:
+        tokenizer = train_tokenizer((text for pair in train_pairs for text in pair), shape.vocab_size)
+        tokenizer.save_pretrained(folder)
+    set_seed(training.seed)
+    model = T5ForConditionalGeneration(config_of(shape, tokenizer))
+    model.generation_config.max_new_tokens = data.max_target_tokens
+    training.predict_with_generate = True
+    examples = group_by_input(validation_pairs)[: data.max_validation_inputs]
+    trainer = Seq2SeqTrainer(
+        model,
+        training,
+        train_dataset=tokenize(tokenizer, train_pairs, data),
+        eval_dataset=tokenize(tokenizer, [(one.source, one.references[0]) for one in examples], data),
+        data_collator=DataCollatorForSeq2Seq(tokenizer, model=model),
+        processing_class=tokenizer,
+        compute_metrics=RougeOfDistinctInputs(tokenizer, examples),
+    )
+    checkpoint = get_last_checkpoint(str(folder)) if run.resume and folder.is_dir() else None
+    metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
+    metrics |= {"validation_inputs": len(examples), **trainer.evaluate()}
+    trainer.save_state()
+    trainer.save_model()
+    if trainer.is_world_process_zero():
+        command = shlex.join(["python", "scripts/pretrain_t5.py", *argv])
+        card(trainer, metrics, data, command).save(folder / "README.md")
+        print(json.dumps({"output_dir": str(folder), "command": command, "metrics": metrics}))
+
+
+def check_shape(shape: ShapeArguments) -> None:
+    """Refuse a model that cannot be built."""
+    for name, value in vars(shape).items():
+        if name != "dropout" and value < 1:
+            raise ValueError(f"--{name} must be positive, got {value}.")
+    if not 0 <= shape.dropout < 1:
+        raise ValueError(f"--dropout must be in [0, 1), got {shape.dropout}.")
+    if shape.encoder_layers < shape.decoder_layers:
+        raise ValueError(
+            f"--encoder_layers {shape.encoder_layers} must be at least --decoder_layers {shape.decoder_layers}: the "
+            "cache of stock T5 has as many layers as the encoder."
+        )
+    if shape.d_model % shape.num_heads:
+        raise ValueError(f"--num_heads {shape.num_heads} must divide --d_model {shape.d_model}.")
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """A unigram tokenizer (Kudo, arXiv 1804.10959) of these texts, with T5's special tokens and its end token."""
+    tokenizer = Tokenizer(models.Unigram())
+    one_space = normalizers.Replace(Regex(" {2,}"), " ")
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Nmt(), normalizers.NFKC(), one_space])
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Metaspace(), Metaspace()
+    trainer = trainers.UnigramTrainer(
+        vocab_size=vocab_size, special_tokens=[PAD, END, UNKNOWN], unk_token=UNKNOWN, show_progress=True
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    end = (END, tokenizer.token_to_id(END))
+    tokenizer.post_processor = processors.TemplateProcessing(single=f"$A {END}", special_tokens=[end])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token=PAD, eos_token=END, unk_token=UNKNOWN, model_max_length=512
+    )
+
+
+def known_tokenizer(folder: Path) -> PreTrainedTokenizerFast | None:
+    """The tokenizer of an earlier start of this run."""
+    return AutoTokenizer.from_pretrained(folder) if (folder / "tokenizer.json").is_file() else None
+
+
+def config_of(shape: ShapeArguments, tokenizer: PreTrainedTokenizerFast) -> T5Config:
+    """T5 1.1's configuration, with tied embeddings as a small vocabulary wants them."""
+    return T5Config(
+        vocab_size=len(tokenizer),
+        d_model=shape.d_model,
+        d_kv=shape.d_model // shape.num_heads,
+        d_ff=shape.d_ff,
+        num_layers=shape.encoder_layers,
+        num_decoder_layers=shape.decoder_layers,
+        num_heads=shape.num_heads,
+        dropout_rate=shape.dropout,
+        feed_forward_proj="gated-gelu",
+        tie_word_embeddings=True,
+        scale_decoder_outputs=True,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        decoder_start_token_id=tokenizer.pad_token_id,
+    )
+
+
+def card(trainer: Seq2SeqTrainer, metrics: dict[str, float], data: DataArguments, command: str) -> ModelCard:
+    """What it is, what it scores, how it was trained."""
+    config, args = trainer.model.config, trainer.args
+    name = Path(args.output_dir).name
+    front = ModelCardData(library_name="transformers", pipeline_tag="text2text-generation")
+    parameters = sum(weight.numel() for weight in trainer.model.parameters())
+    rouge = " / ".join(f"{100 * metrics[f'eval_{kind}']:.1f}" for kind in ROUGE_TYPES)
+    text = f"""---
+{front.to_yaml()}
+---
+
+# {name}
+
+A plain T5 without exits, trained from scratch: {config.num_layers} encoder and {config.num_decoder_layers} decoder
+layers, width {config.d_model}, {config.vocab_size} pieces, {parameters / 1e6:.1f} M parameters. Inputs start with
+{data.prefix!r}, are cut to {data.max_source_tokens} tokens, targets to {data.max_target_tokens}.
+
+| on {metrics["validation_inputs"]} validation inputs | |
+| --- | --- |
+| cross-entropy, nats per token | {metrics["eval_loss"]:.3f} |
+| ROUGE-1 / 2 / L, greedy | {rouge} |
+
+Trained for {trainer.state.global_step} steps, {trainer.state.epoch:.2f} epochs, batches of
+{args.train_batch_size * args.gradient_accumulation_steps * args.world_size} rows, learning rate
+{args.learning_rate:g} ({args.lr_scheduler_type.value}); transformers {transformers.__version__}, torch
+{torch.__version__}.
+
+```bash
+{command}
+```
+"""
+    return ModelCard(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,98 @@
+"""Answers for the texts that the training scripts read: arguments, pairs, token ids, ROUGE of what is said."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from datasets import Dataset, load_dataset
+from transformers import EvalPrediction, PreTrainedTokenizerBase
+
+from hf_earlyexit.data import Example, column_pairs, read_file, text_columns
+from hf_earlyexit.metrics import Rouge
+
+
+DATASET_CONFIGS = {"cnn_dailymail": "3.0.0", "abisee/cnn_dailymail": "3.0.0"}
+
+
+@dataclass
+class DataArguments:
+    """The texts."""
+
+    dataset: str | None = field(default=None, metadata={"help": "name or folder, as for datasets.load_dataset"})
+    dataset_config: str | None = field(default=None, metadata={"help": "configuration of the data set"})
+    train_file: str | None = field(default=None, metadata={"help": "in place of --dataset: .csv, .jsonl or .parquet"})
+    validation_file: str | None = field(default=None, metadata={"help": "goes with --train_file"})
+    source_column: str | None = field(default=None, metadata={"help": "column of the inputs (known names are found)"})
+    target_column: str | None = field(default=None, metadata={"help": "column of the targets (known names are found)"})
+    prefix: str = field(default="", metadata={"help": "put before each input, such as 'summarize: '"})
+    max_source_tokens: int = field(default=512, metadata={"help": "inputs are cut to this length"})
+    max_target_tokens: int = field(
+        default=128, metadata={"help": "targets and generated texts are cut to this length"}
+    )
+    max_validation_inputs: int | None = field(default=None, metadata={"help": "distinct inputs to evaluate on (all)"})
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Shows defaults, and the description as it is written."""
+
+
+def check_data(arguments: DataArguments) -> None:
+    """Refuse what names no texts."""
+    if (arguments.dataset is None) == (arguments.train_file is None):
+        raise ValueError("Give either --dataset or --train_file.")
+    if arguments.train_file is not None and arguments.validation_file is None:
+        raise ValueError(
+            "--train_file goes with --validation_file: full depth is evaluated before and after training."
+        )
+
+
+def read_pairs(arguments: DataArguments) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
+    """Training and validation pairs, inputs with the prefix."""
+    if arguments.train_file is not None:
+        parts = read_file(arguments.train_file), read_file(arguments.validation_file)
+    else:
+        own = None if Path(arguments.dataset).exists() else DATASET_CONFIGS.get(arguments.dataset)
+        config = arguments.dataset_config or own
+        parts = load_dataset(arguments.dataset, config, split=["train", "validation"])
+    return tuple(pairs_of(part, arguments) for part in parts)
+
+
+def pairs_of(dataset: Dataset, arguments: DataArguments) -> list[tuple[str, str]]:
+    """The pairs of one split."""
+    columns = text_columns(dataset.column_names, arguments.source_column, arguments.target_column)
+    return column_pairs(dataset, *columns, prefix=arguments.prefix)
+
+
+def tokenize(tokenizer: PreTrainedTokenizerBase, pairs: list[tuple[str, str]], arguments: DataArguments) -> Dataset:
+    """Rows with `input_ids`, `attention_mask` and `labels`."""
+    tokenizer = copy.deepcopy(tokenizer)  # it remembers how it cut, and the one that is saved should not
+
+    def encode(rows: dict[str, list[str]]) -> dict[str, list[list[int]]]:
+        encoded = tokenizer(rows["source"], truncation=True, max_length=arguments.max_source_tokens)
+        targets = tokenizer(text_target=rows["target"], truncation=True, max_length=arguments.max_target_tokens)
+        return {**encoded, "labels": targets["input_ids"]}
+
+    sources, targets = zip(*pairs)
+    rows = Dataset.from_dict({"source": list(sources), "target": list(targets)})
+    return rows.map(encode, batched=True, remove_columns=rows.column_names, desc="tokenising")
+
+
+class RougeOfDistinctInputs:
+    """As `compute_metrics`: ROUGE of generated texts, each against all references of its input.
+
+    Args:
+        examples: The distinct inputs, in the order of the evaluation set.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, examples: list[Example]):
+        self.tokenizer, self.examples = tokenizer, examples
+
+    def __call__(self, prediction: EvalPrediction) -> dict[str, float]:
+        ids = np.where(prediction.predictions < 0, self.tokenizer.pad_token_id, prediction.predictions)
+        texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
+        references = [list(example.references) for example in self.examples]
+        return Rouge().compute(predictions=texts, references=references)

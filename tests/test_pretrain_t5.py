@@ -1,0 +1,83 @@
+"""`scripts/pretrain_t5.py` from end to end: a tokenizer and a plain T5 of a few texts, resumed, then given exits."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
+
+from hf_earlyexit import EarlyExitT5ForConditionalGeneration
+from tests.test_data import write
+from tests.test_train_exits import articles
+
+
+SCRIPT = Path(__file__).parent.parent / "scripts/pretrain_t5.py"
+SHAPE = "--vocab_size 40 --encoder_layers 3 --decoder_layers 3 --d_model 16 --d_ff 24 --num_heads 2"
+QUICK = "--per_device_train_batch_size 4 --learning_rate 1e-2 --report_to none --use_cpu --max_target_tokens 8"
+
+
+def run(folder: Path, *options: str) -> subprocess.CompletedProcess:
+    data = ["--train_file", "train.jsonl", "--validation_file", "validation.jsonl", "--prefix", "summarize: "]
+    command = [sys.executable, str(SCRIPT), *data, *SHAPE.split(), *QUICK.split(), *options]
+    variables = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(SCRIPT.parent.parent)}
+    return subprocess.run(command, capture_output=True, text=True, cwd=folder, env=variables)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("pretrain")
+    for split, rows in {"train": articles(12), "validation": articles(6, start=5)}.items():
+        write(folder / f"{split}.jsonl", rows)
+    return folder
+
+
+def test_a_plain_t5_of_texts(folder):
+    """Stock transformers loads and generates with it; a resumed run ends with the same losses."""
+    straight = run(folder, "--output_dir", "straight", "--max_steps", "4", "--save_steps", "2", "--logging_steps", "1")
+    assert straight.returncode == 0, straight.stderr[-3000:]
+    metrics = json.loads(straight.stdout.splitlines()[-1])["metrics"]
+    assert metrics["validation_inputs"] == 5 and 0 <= metrics["eval_rougeL"] <= 1
+    tokenizer = AutoTokenizer.from_pretrained(folder / "straight")
+    text = "the quick brown fox"
+    ids = tokenizer(text).input_ids
+    assert ids[-1] == tokenizer.eos_token_id and tokenizer.unk_token_id not in ids
+    assert tokenizer.decode(ids, skip_special_tokens=True) == text
+    model, info = AutoModelForSeq2SeqLM.from_pretrained(folder / "straight", output_loading_info=True)
+    assert not info["missing_keys"] and type(model).__name__ == "T5ForConditionalGeneration"
+    assert model.config.scale_decoder_outputs and model.config.tie_word_embeddings
+    assert model.generate(**tokenizer(text, return_tensors="pt")).shape[1] <= 9
+    card = (folder / "straight/README.md").read_text()
+    assert f"/ {100 * metrics['eval_rougeL']:.1f} |" in card and "python scripts/pretrain_t5.py" in card
+
+    (folder / "straight/checkpoint-4").rename(folder / "moved")
+    again = run(folder, "--output_dir", "straight", "--max_steps", "4", "--save_steps", "2", "--resume")
+    assert again.returncode == 0, again.stderr[-3000:]
+    resumed = json.loads(again.stdout.splitlines()[-1])["metrics"]
+    assert resumed["eval_loss"] == pytest.approx(metrics["eval_loss"], rel=1e-5)
+    assert EarlyExitT5ForConditionalGeneration.from_pretrained(folder / "straight").early_exit.exit_layers == (1, 2)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"decoder_layers": 9}, "--encoder_layers 8 must be at least --decoder_layers 9"),
+        ({"num_heads": 3}, "--num_heads 3 must divide --d_model 256"),
+        ({"dropout": 1.0}, "--dropout must be in"),
+        ({"d_ff": 0}, "--d_ff must be positive, got 0"),
+    ],
+)
+def test_what_cannot_be_built_is_refused(options, message, capsys, tmp_path):
+    sys.path.insert(0, str(SCRIPT.parent))
+    from pretrain_t5 import main
+
+    arguments = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+    with pytest.raises(SystemExit, match="2"):
+        main(
+            [*arguments, "--train_file", "a.csv", "--validation_file", "b.csv", "--output_dir", str(tmp_path / "out")]
+        )
+    assert message in capsys.readouterr().err and not (tmp_path / "out").exists()
