@@ -9,7 +9,7 @@ import torch
 
 from hf_earlyexit.config import EarlyExitConfig
 from hf_earlyexit.labelled import LabelledExits
-from hf_earlyexit.objectives import label_loss
+from hf_earlyexit.objectives.objective import label_loss
 
 
 COUNTS = ("tokens", "loss", "accurate", "agreeing", "may_leave", "rightly_leave")

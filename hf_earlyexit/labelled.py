@@ -1,6 +1,6 @@
 """Answers for what the exit points of a decoder say of a batch with labels, all layers run: what training looks at.
 
-Knows nothing of losses, which are `objectives.py`, nor of `generate`: nobody leaves here.
+Knows nothing of losses, which are `objectives`, nor of `generate`: nobody leaves here.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ class LabelledExits:
         labels: `[batch, length]`, -100 where there is none.
         score: `(layer, hidden [N, hidden]) -> logits [N, vocabulary]`, an exit's head.
         classify: `(layer, hidden [N, hidden]) -> logits [N]`, an exit's classifier.
+        normalize: `hidden [N, hidden] -> [N, hidden]`, the final norm; for who asks for `normed` states.
     """
 
     def __init__(
@@ -37,12 +38,13 @@ class LabelledExits:
         labels: torch.Tensor,
         score: Callable[[int, torch.Tensor], torch.Tensor],
         classify: Callable[[int, torch.Tensor], torch.Tensor],
+        normalize: Callable[[torch.Tensor], torch.Tensor] | None = None,
     ):
         self.layers, self.num_layers = tuple(layers), len(hidden_states) - 1
         self._hidden_states, self._last_logits = hidden_states, last_logits
         self._mask = labels != IGNORED
         self._labels = labels
-        self._score, self._classify = score, classify
+        self._score, self._classify, self._normalize = score, classify, normalize
 
     @cached_property
     def labels(self) -> torch.Tensor:
@@ -62,6 +64,11 @@ class LabelledExits:
         """`[N, hidden]`, the output of block `layer`, before any norm."""
         return self._hidden_states[layer][self._mask]
 
+    def normed(self, layer: int) -> torch.Tensor:
+        """`[N, hidden]`, the output of any block behind the final norm."""
+        hidden = self.hidden(layer)
+        return hidden if layer == self.num_layers else self._normalize(hidden)
+
     def logits(self, layer: int) -> torch.Tensor:
         """`[N, vocabulary]` of an exit point, or of the last layer."""
         if layer == self.num_layers:
@@ -72,7 +79,15 @@ class LabelledExits:
         """`[N]`, the exit classifier's, before the sigmoid."""
         return self._classify(layer, self.hidden(layer))
 
+    def choices(self, layer: int) -> torch.Tensor:
+        """`[N]`, the token that this layer would write."""
+        return self.logits(layer).argmax(dim=-1)
+
+    def agrees(self, layer: int) -> torch.Tensor:
+        """`[N]`, whether that is what the last layer would write."""
+        return self.choices(layer) == self.full_depth_choices
+
     @cached_property
     def full_depth_choices(self) -> torch.Tensor:
         """`[N]`, the token that the last layer would write."""
-        return self.logits(self.num_layers).argmax(dim=-1)
+        return self.choices(self.num_layers)

@@ -143,7 +143,9 @@ class EarlyExitT5ForConditionalGeneration(EarlyExitGenerationMixin, T5ForConditi
         output = super().forward(**kwargs, output_hidden_states=True, use_cache=False)
         score = lambda layer, hidden: self.lm_head(self.exit_head_input(layer, hidden))  # noqa: E731
         layers, classify = self.early_exit.exit_layers, self.exit_heads.exit_logits
-        return LabelledExits(layers, output.decoder_hidden_states, output.logits, labels, score, classify)
+        normalize = self.decoder.final_layer_norm
+        states = output.decoder_hidden_states
+        return LabelledExits(layers, states, output.logits, labels, score, classify, normalize)
 
     def set_attn_implementation(self, *args, **kwargs) -> None:
         super().set_attn_implementation(*args, **kwargs)

@@ -1,6 +1,6 @@
 """Answers for training exits with the library's `Seq2SeqTrainer`: what moves, what rests, what it cost full depth.
 
-What is trained towards is an objective (`objectives.py`); this file never looks inside one.
+What is trained towards is an objective (`objectives`); this file never looks inside one.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, TrainerCallba
 from transformers.trainer_utils import TrainOutput
 
 from hf_earlyexit.exit_report import CountExits, summarize
+from hf_earlyexit.layer_dropout import LayerDropout, layer_dropout
 from hf_earlyexit.model_card import TrainedExits, make_card
 from hf_earlyexit.models import EarlyExitT5ForConditionalGeneration
 from hf_earlyexit.objectives import Objective
@@ -69,6 +70,7 @@ class EarlyExitTrainer(Seq2SeqTrainer):
         # Has the library count the tokens of accumulated batches and of all processes for `compute_loss`.
         self.model_accepts_loss_kwargs = True
         self._resting: list[nn.Module] = []
+        self._dropout = LayerDropout()
         self.add_callback(_AroundTraining(self))
 
     def train(self, *args, **kwargs) -> TrainOutput:
@@ -77,7 +79,8 @@ class EarlyExitTrainer(Seq2SeqTrainer):
         Raises:
             ValueError: Nothing is left to train: what the objective moves is frozen.
         """
-        with only_moving(self.model, self.objective.moves) as self._resting:
+        blocks = self.model.decoder.block
+        with only_moving(self.model, self.objective.moves) as self._resting, layer_dropout(blocks) as self._dropout:
             output = super().train(*args, **kwargs)
         after = self.evaluate(metric_key_prefix=AFTER, exits=True)
         return output._replace(metrics={**output.metrics, **self.measured(BEFORE), **after})
@@ -196,7 +199,9 @@ class EarlyExitTrainer(Seq2SeqTrainer):
             return (output.loss, output) if return_outputs else output.loss
         for module in self._resting:
             module.eval()
-        losses = model(**inputs, exit_objective=self.objective.token_losses).loss
+        objective = self.objective.at(self.state.global_step, self.state.max_steps)
+        self._dropout.rates = objective.layer_dropout(self.model.config.num_decoder_layers)
+        losses = model(**inputs, exit_objective=objective.token_losses).loss
         if num_items_in_batch is None:
             return losses.mean()
         # Gradients are averaged over the processes, whose tokens have been added up.

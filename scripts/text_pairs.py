@@ -8,8 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import torch
 from datasets import Dataset, load_dataset
-from transformers import EvalPrediction, PreTrainedTokenizerBase
+from tqdm import tqdm
+from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_earlyexit.data import Example, column_pairs, read_file, text_columns
 from hf_earlyexit.metrics import Rouge
@@ -79,6 +81,32 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, pairs: list[tuple[str, str]], a
     sources, targets = zip(*pairs)
     rows = Dataset.from_dict({"source": list(sources), "target": list(targets)})
     return rows.map(encode, batched=True, remove_columns=rows.column_names, desc="tokenising")
+
+
+@torch.no_grad()
+def own_outputs(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    sources: list[str],
+    arguments: DataArguments,
+    batch_size: int,
+) -> list[tuple[str, str]]:
+    """Each source with what the model writes of it at full depth, greedily: texts to learn from without targets."""
+    order = sorted(range(len(sources)), key=lambda place: len(sources[place]))
+    texts: dict[int, str] = {}
+    model.eval()
+    for start in tqdm(range(0, len(order), batch_size), desc="writing its own targets"):
+        places = order[start : start + batch_size]
+        batch = tokenizer(
+            [sources[place] for place in places],
+            truncation=True,
+            max_length=arguments.max_source_tokens,
+            padding=True,
+            return_tensors="pt",
+        ).to(model.device)
+        ids = model.generate(**batch, early_exit=False, do_sample=False, max_new_tokens=arguments.max_target_tokens)
+        texts |= dict(zip(places, tokenizer.batch_decode(ids, skip_special_tokens=True)))
+    return [(source, texts[place]) for place, source in enumerate(sources)]
 
 
 class RougeOfDistinctInputs:

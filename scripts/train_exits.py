@@ -21,19 +21,34 @@ import json
 import math
 import shlex
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import torch
-from text_pairs import DataArguments, HelpFormatter, RougeOfDistinctInputs, check_data, read_pairs, tokenize
+from text_pairs import (
+    DataArguments,
+    HelpFormatter,
+    RougeOfDistinctInputs,
+    check_data,
+    own_outputs,
+    read_pairs,
+    tokenize,
+)
 from transformers import AutoTokenizer, DataCollatorForSeq2Seq, HfArgumentParser, Seq2SeqTrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
 from hf_earlyexit import ClassifierConfig, EarlyExitConfig, EarlyExitT5ForConditionalGeneration
 from hf_earlyexit.config import CLASSIFIER_KINDS, HEAD_KINDS, early_exit_config
 from hf_earlyexit.data import group_by_input
-from hf_earlyexit.objectives import OBJECTIVES, WEIGHTS, ExitClassifiers, MultiExit, Objective
+from hf_earlyexit.objectives import OBJECTIVES, Objective
+from hf_earlyexit.objectives.layer_skip import CURRICULA, DROPOUT_SCHEDULES
+from hf_earlyexit.objectives.multi_exit import WEIGHTS
+from hf_earlyexit.objectives.self_distillation import TOWARDS
+from hf_earlyexit.objectives.shallow_deep import ALIGNMENTS
 from hf_earlyexit.training import EarlyExitTrainer
+
+
+CLASSIFIER_SHAPE = ("classifier", "classifier_width", "classifier_per_layer")
 
 
 @dataclass
@@ -49,27 +64,42 @@ class ModelArguments:
 
 @dataclass
 class ObjectiveArguments:
-    """What to train towards."""
+    """What to train towards. Options are those of the objective's class; what is not given is its default."""
 
-    objective: str = field(default="multi_exit", metadata={"help": " or ".join(OBJECTIVES)})
-    weights: str | None = field(default=None, metadata={"help": f"multi_exit: {' or '.join(WEIGHTS)} (linear)"})
+    objective: str = field(default="multi_exit", metadata={"help": f"one of {', '.join(OBJECTIVES)}"})
+    weights: str | None = field(default=None, metadata={"help": f"multi_exit: {' or '.join(WEIGHTS)}"})
     last_again: bool = field(default=False, metadata={"help": "multi_exit: add the last layer's loss once more"})
     distillation: float | None = field(
-        default=None,
-        metadata={"help": "multi_exit: share of an exit's loss towards the last layer's probabilities (0)"},
+        default=None, metadata={"help": "multi_exit: share of an exit's loss towards the last layer's probabilities"}
     )
-    classifier: str | None = field(
-        default=None, metadata={"help": f"classifiers: {' or '.join(CLASSIFIER_KINDS)} (the checkpoint's, or linear)"}
+    e_scale: float | None = field(default=None, metadata={"help": "layer_skip: weight of exits, against the last"})
+    curriculum: str | None = field(default=None, metadata={"help": f"layer_skip: {', '.join(CURRICULA)}"})
+    rotation: int | None = field(default=None, metadata={"help": "layer_skip: every how many exits take part"})
+    max_layer_dropout: float | None = field(default=None, metadata={"help": "layer_skip: rate of the last layer"})
+    dropout_schedule: str | None = field(
+        default=None, metadata={"help": f"layer_skip: {' or '.join(DROPOUT_SCHEDULES)}"}
     )
-    classifier_width: int | None = field(default=None, metadata={"help": "classifiers: inner width of mlp"})
-    classifier_per_layer: bool = field(default=False, metadata={"help": "classifiers: one for each exit point"})
+    depths: list[int] | None = field(default=None, metadata={"help": "sorted: exit points to train (all)"})
+    shallow: int | None = field(default=None, metadata={"help": "shallow_deep: layers of the shallow model"})
+    alpha: float | None = field(default=None, metadata={"help": "shallow_deep: weight of the distillation"})
+    alignment: str | None = field(default=None, metadata={"help": f"shallow_deep: {', '.join(ALIGNMENTS)}"})
+    towards: str | None = field(default=None, metadata={"help": f"self_distillation: {', '.join(TOWARDS)}"})
+    top_k: int | None = field(default=None, metadata={"help": "relaxed_classifiers: choices that will do"})
     unbalanced: bool = field(default=False, metadata={"help": "classifiers: do not weigh the two labels alike"})
+    classifier: str | None = field(
+        default=None, metadata={"help": f"of all classifiers: {' or '.join(CLASSIFIER_KINDS)} (the checkpoint's)"}
+    )
+    classifier_width: int | None = field(default=None, metadata={"help": "of all classifiers: inner width of mlp"})
+    classifier_per_layer: bool = field(default=False, metadata={"help": "of all classifiers: one for each exit point"})
 
 
 @dataclass
 class RunArguments:
     """The run itself."""
 
+    own_outputs: bool = field(
+        default=False, metadata={"help": "in place of the targets, learn from what the model writes at full depth"}
+    )
     resume: bool = field(default=False, metadata={"help": "go on from the last checkpoint in --output_dir, if any"})
     evaluate_exits: bool = field(default=False, metadata={"help": "report every exit in evaluations in between, too"})
 
@@ -95,6 +125,9 @@ def main(argv: list[str] | None = None) -> None:
     if training.generation_max_length is None and model.generation_config.max_new_tokens is None:
         training.generation_max_length = data_args.max_target_tokens
     training.predict_with_generate = True
+    if run_args.own_outputs:
+        sources = list(dict.fromkeys(source for source, _ in train_pairs))
+        train_pairs = own_outputs(model, tokenizer, sources, data_args, training.per_device_eval_batch_size)
     examples = group_by_input(validation_pairs)[: data_args.max_validation_inputs]
     validation_pairs = [(example.source, example.references[0]) for example in examples]
     trainer = EarlyExitTrainer(
@@ -118,20 +151,18 @@ def main(argv: list[str] | None = None) -> None:
 
 def make_objective(arguments: ObjectiveArguments) -> Objective:
     """The objective that was asked for; an option of another one is refused."""
-    options = {
+    if arguments.objective not in OBJECTIVES:
+        raise ValueError(f"--objective must be one of {list(OBJECTIVES)}, got {arguments.objective!r}.")
+    kind = OBJECTIVES[arguments.objective]
+    own = {"unbalanced" if option.name == "balanced" else option.name for option in fields(kind) if option.repr}
+    asked = {
         name: value for name, value in vars(arguments).items() if name != "objective" and value not in (None, False)
     }
-    own = {
-        "multi_exit": {"weights", "last_again", "distillation"},
-        "classifiers": {"classifier", "classifier_width", "classifier_per_layer", "unbalanced"},
-    }
-    if arguments.objective not in own:
-        raise ValueError(f"--objective must be one of {list(own)}, got {arguments.objective!r}.")
-    if foreign := sorted(set(options) - own[arguments.objective]):
+    if kind.trains_classifiers:
+        asked = {name: value for name, value in asked.items() if name not in CLASSIFIER_SHAPE}
+    if foreign := sorted(set(asked) - own):
         raise ValueError(f"--{foreign[0]} does not go with --objective {arguments.objective}.")
-    if arguments.objective == "classifiers":
-        return ExitClassifiers(balanced=not arguments.unbalanced)
-    return MultiExit(**options)
+    return kind(**({"balanced": False} if asked.pop("unbalanced", False) else {}), **asked)
 
 
 def exit_config(arguments: ModelArguments, objective: ObjectiveArguments) -> EarlyExitConfig:
@@ -144,7 +175,7 @@ def exit_config(arguments: ModelArguments, objective: ObjectiveArguments) -> Ear
     if arguments.heads is not None:
         values["heads"] = arguments.heads
     asks = objective.classifier or objective.classifier_width or objective.classifier_per_layer
-    if objective.objective == "classifiers" and (asks or own.classifier is None):
+    if OBJECTIVES[objective.objective].trains_classifiers and (asks or own.classifier is None):
         per_layer, width = objective.classifier_per_layer, objective.classifier_width
         values["classifier"] = ClassifierConfig(objective.classifier or "linear", not per_layer, width)
     return EarlyExitConfig(**values).for_layers(checkpoint.num_decoder_layers)

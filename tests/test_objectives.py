@@ -10,7 +10,19 @@ import torch
 from hf_earlyexit import ClassifierConfig, EarlyExitConfig
 from hf_earlyexit.exit_report import COUNTS, CountExits, summarize
 from hf_earlyexit.labelled import LabelledExits
-from hf_earlyexit.objectives import OBJECTIVES, ExitClassifiers, MultiExit, linear_weights, uniform_weights
+from hf_earlyexit.objectives import (
+    OBJECTIVES,
+    ExitClassifiers,
+    GeometricClassifiers,
+    LayerSkip,
+    MultiExit,
+    RelaxedClassifiers,
+    SelfDistillation,
+    ShallowDeep,
+    SortedDepths,
+)
+from hf_earlyexit.objectives.multi_exit import linear_weights, uniform_weights
+from hf_earlyexit.objectives.shallow_deep import aligned_errors
 
 
 # Two exit points, after 1 and 3 of 4 layers; hidden states are the logits of a vocabulary of two.
@@ -87,14 +99,192 @@ def test_classifiers_by_hand(balanced, agrees, differs):
     torch.testing.assert_close(objective.token_losses(exits), torch.tensor([first, second]))
 
 
+def test_layer_skip_weights_by_hand():
+    """Of 4 layers, l from 0: 0, e, 3e before the last; the last 3 + e * 2 * 3 / 2."""
+    assert LayerSkip(0.5, "all").weights((1, 2, 3), 4) == pytest.approx(
+        {1: 0.0, 2: 0.5 / 6.5, 3: 1.5 / 6.5, 4: 4.5 / 6.5}
+    )
+    assert LayerSkip(0.0, "all").weights((1, 2, 3), 4) == {1: 0, 2: 0, 3: 0, 4: 1}
+
+
+def test_layer_skip_by_hand():
+    exits = labelled([SURE], [SURE], [WRONG], [0])
+    found = LayerSkip(1.0, "all").token_losses(exits)  # the weights of layers 1, 3, 4 are 0, 3, 6
+    torch.testing.assert_close(found, torch.tensor([(3 * THREE_QUARTERS + 6 * QUARTER) / 9]))
+
+
+def test_heads_of_weight_zero_are_not_run():
+    """Layer 1 always weighs nothing, the others only where the curriculum has them take part."""
+    asked: list[int] = []
+
+    def score(layer, hidden):
+        asked.append(layer)
+        return hidden
+
+    states = [torch.zeros(1, 1, 2)] * 5
+    exits = LabelledExits((1, 2, 3), states, states[4], torch.tensor([[0]]), score, None)
+    LayerSkip(1.0, "rotational", 3).at(2, 9).token_losses(exits)
+    LayerSkip(1.0, "all").token_losses(exits)
+    assert asked == [3, 2, 3]
+
+
+def taking_part(objective: LayerSkip, steps: int) -> list[tuple[int, ...]]:
+    """By step, the exit points that take part of layers 2 to 5 of 6."""
+    return [
+        tuple(layer for layer, weight in objective.at(step, steps).weights((2, 3, 4, 5), 6).items() if weight)[:-1]
+        for step in range(steps)
+    ]
+
+
+def test_curricula_by_hand():
+    assert taking_part(LayerSkip(curriculum="rotational", rotation=2), 3) == [(2, 4), (3, 5), (2, 4)]
+    assert taking_part(LayerSkip(curriculum="rotational", rotation=3), 4) == [(2, 5), (3,), (4,), (2, 5)]
+    # One layer more every 12 / (2 * 6) = 1 step, from the last one on.
+    gradual = taking_part(LayerSkip(curriculum="gradual"), 12)
+    assert gradual[:5] == [(), (5,), (4, 5), (3, 4, 5), (2, 3, 4, 5)] and set(gradual[5:]) == {(2, 3, 4, 5)}
+
+
+def test_layer_dropout_by_hand():
+    rates = LayerSkip(max_layer_dropout=0.2).layer_dropout(3)
+    assert rates == pytest.approx([0, 0.2 * (2**0.5 - 1), 0.2])
+    from_scratch = LayerSkip(max_layer_dropout=0.2, dropout_schedule="exponential")
+    found = [from_scratch.at(step, 5).layer_dropout(3)[2] for step in (0, 2, 4)]
+    assert found == pytest.approx([0, 0.2 * (2**0.5 - 1), 0.2])
+    assert LayerSkip().layer_dropout(3) == [] == MultiExit().layer_dropout(3)
+
+
+def test_sorted_depths_by_hand():
+    exits = labelled([EVEN], [SURE], [WRONG], [0])
+    losses = {1: HALF, 3: THREE_QUARTERS, 4: QUARTER}
+    for depths, layers in ((None, (1, 3, 4)), ((3,), (3, 4)), ((), (4,))):
+        expected = sum(losses[layer] for layer in layers) / len(layers)
+        torch.testing.assert_close(SortedDepths(depths).token_losses(exits), torch.tensor([expected]))
+
+
+def test_shallow_deep_by_hand():
+    """S = 3 of 4 layers: teachers are layers 1, 3, 4. States are halved by the norm, except the last one, which the
+    library gives behind it."""
+    states = torch.tensor([[9.0, 9.0], [2.0, 0.0], [0.0, 4.0], [6.0, 2.0], [0.0, 2.0]])
+    norm = lambda hidden: hidden / 2  # noqa: E731
+    exits = LabelledExits(
+        (1, 3),
+        [state.view(1, 1, 2) for state in states],
+        torch.tensor([[WRONG]]),
+        torch.tensor([[0]]),
+        lambda layer, hidden: torch.tensor([SURE]),
+        None,
+        norm,
+    )
+    cross = (3 * THREE_QUARTERS + 4 * QUARTER) / 7
+    # Students (1, 0), (0, 2), (3, 1) against teachers (1, 0), (3, 1), (0, 2): mean squared differences.
+    of_pairs = {"last": 5.0, "uniform": (0 + 5 + 5) / 3, "dynamic": (0 + 2.5) / 2}
+    for alignment, distance in of_pairs.items():
+        found = ShallowDeep(3, 0.5, alignment).token_losses(exits)
+        torch.testing.assert_close(found, torch.tensor([cross + 0.5 * distance]))
+    torch.testing.assert_close(ShallowDeep(3, 0.0).token_losses(exits), torch.tensor([cross]))
+
+
+def test_alignment_is_each_tokens_own_and_descends():
+    """Token 0: the last teacher takes student 2 of 3, the one before takes 1 though 3 is nearer, the first takes 0.
+    Token 1: the last teacher takes the first student, so that nobody is left."""
+    first = [[4.0, 9.0, 9.0], [9.0, 2.0, 9.0], [9.0, 0.0, 1.0]]
+    second = [[9.0, 9.0, 0.5], [0.0, 0.0, 9.0], [0.0, 0.0, 9.0]]
+    found = aligned_errors(torch.tensor([first, second]))
+    torch.testing.assert_close(found, torch.tensor([(1.0 + 2.0 + 4.0) / 3, 0.5]))
+
+
+def test_deep_layers_do_not_learn_from_shallow_ones():
+    states = [torch.randn(1, 2, 3, requires_grad=True) for _ in range(5)]
+    labels = torch.tensor([[0, 1]])
+    for alignment in ("dynamic", "uniform", "last"):
+        exits = LabelledExits((2, 3), states, states[4], labels, lambda layer, hidden: hidden, None, torch.tanh)
+        alone = torch.autograd.grad(ShallowDeep(2, 0.0, alignment).token_losses(exits).sum(), states[4])[0]
+        taught = torch.autograd.grad(ShallowDeep(2, 0.7, alignment).token_losses(exits).sum(), states[4])[0]
+        torch.testing.assert_close(taught, alone)
+
+
+def test_self_distillation_by_hand():
+    """Towards a last layer that says 1/4 and 3/4; the exits say 1/2 and 3/4 of token 0. Labels are not read."""
+    taught = (HALF + 1 / 4 * THREE_QUARTERS + 3 / 4 * QUARTER) / 2
+    entropy = 1 / 4 * QUARTER + 3 / 4 * THREE_QUARTERS
+    expected = {"probabilities": taught, "kl": taught - entropy, "choice": (HALF + QUARTER) / 2}
+    for towards, loss in expected.items():
+        for label in (0, 1):
+            found = SelfDistillation(towards).token_losses(labelled([EVEN], [SURE], [WRONG], [label]))
+            torch.testing.assert_close(found, torch.tensor([loss]))
+
+
+def test_kl_to_a_sure_teacher_is_finite():
+    exits = labelled([EVEN], [SURE], [[1e4, 0.0]], [0])
+    assert SelfDistillation("kl").token_losses(exits).isfinite().all()
+
+
+def test_geometric_classifiers_by_hand():
+    """Exits that say "leave" with 3/4 and 1/4. Token 0 agrees at both, token 1 only at the second, token 2 at none."""
+    exits = labelled(
+        [SURE, WRONG, WRONG],
+        [SURE, SURE, WRONG],
+        [SURE] * 3,
+        [1] * 3,
+        {1: [math.log(3)] * 3, 3: [-math.log(3)] * 3},
+    )
+    expected = [3 / 4, 1 / 4 * 1 / 4, 1 / 4 * 3 / 4]
+    found = GeometricClassifiers().token_losses(exits)
+    torch.testing.assert_close(found, -torch.tensor(expected).log())
+
+
+def test_relaxed_classifiers_by_hand():
+    """Weights 2/3 and 1/3. Exits write token 0, the last layer's second choice: it will do from `top_k` 2 on."""
+    exits = labelled([SURE], [SURE], [WRONG], [1], {1: [math.log(3)], 3: [0.0]})
+    strict, relaxed = (RelaxedClassifiers(top_k).token_losses(exits) for top_k in (1, 2))
+    torch.testing.assert_close(strict, torch.tensor([2 / 3 * QUARTER + 1 / 3 * HALF]))
+    torch.testing.assert_close(relaxed, torch.tensor([2 / 3 * THREE_QUARTERS + 1 / 3 * HALF]))
+
+
 def test_each_objective_moves_its_own():
     names = ["shared.weight", "exit_heads.heads.1.norm.weight", "exit_heads.classifiers.shared.output.weight"]
-    assert [MultiExit().moves(name) for name in names] == [True, True, False]
-    assert [ExitClassifiers().moves(name) for name in names] == [False, False, True]
-    assert {name: one().trains_classifiers for name, one in OBJECTIVES.items()} == {
-        "multi_exit": False,
-        "classifiers": True,
+    found = {name: [kind().moves(parameter) for parameter in names] for name, kind in OBJECTIVES.items()}
+    whole, classifiers = [True, True, False], [False, False, True]
+    assert found == {
+        "multi_exit": whole,
+        "layer_skip": whole,
+        "sorted": whole,
+        "shallow_deep": whole,
+        "self_distillation": [False, True, False],
+        "classifiers": classifiers,
+        "geometric_classifiers": classifiers,
+        "relaxed_classifiers": classifiers,
     }
+    assert {name for name, kind in OBJECTIVES.items() if kind.trains_classifiers} == {
+        name for name, moves in found.items() if moves == classifiers
+    }
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: LayerSkip(e_scale=2), "e_scale.*2"),
+        (lambda: LayerSkip(curriculum="steep"), "curriculum.*'steep'"),
+        (lambda: LayerSkip(rotation=0), "rotation.*0"),
+        (lambda: LayerSkip(max_layer_dropout=-1), "max_layer_dropout.*-1"),
+        (lambda: LayerSkip(dropout_schedule="no"), "dropout_schedule.*'no'"),
+        (lambda: SortedDepths((3, 2)), "ascend"),
+        (lambda: ShallowDeep(0), "shallow.*0"),
+        (lambda: ShallowDeep(alpha=-1), "alpha.*-1"),
+        (lambda: ShallowDeep(alignment="static"), "alignment.*'static'"),
+        (lambda: SelfDistillation("labels"), "towards.*'labels'"),
+        (lambda: RelaxedClassifiers(0), "top_k.*0"),
+        (lambda: SortedDepths((2, 3)).check(EarlyExitConfig(LAYERS)), r"depths.*\[2\].*\[1, 3\]"),
+        (lambda: ShallowDeep(2).check(EarlyExitConfig(LAYERS)), r"shallow=2.*\[1, 3\]"),
+        (lambda: ShallowDeep().check(EarlyExitConfig(())), "no exit points"),
+        (lambda: SelfDistillation().check(EarlyExitConfig(LAYERS, ("shared", "shared"))), "All exit heads.*'linear'"),
+        (lambda: GeometricClassifiers().check(EarlyExitConfig(LAYERS)), "no exit classifiers"),
+        (lambda: RelaxedClassifiers().check(EarlyExitConfig(LAYERS)), "no exit classifiers"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
 
 
 @pytest.mark.parametrize(
@@ -116,7 +306,7 @@ def test_losses_of_half_precisions_are_in_fp32():
         lambda layer, hidden: hidden,
         None,
     )
-    for objective in (MultiExit(), MultiExit(distillation=0.5)):
+    for objective in (MultiExit(), MultiExit(distillation=0.5), LayerSkip(), SelfDistillation("kl")):
         assert objective.token_losses(exits).dtype == torch.float32
 
 
