@@ -1,0 +1,219 @@
+"""Compare recipes for exits on one task: the same plain checkpoint, the same rows, the same number of steps.
+
+Every recipe starts from the plain checkpoint given, trains on the same batches, and is evaluated like the others: the
+quality of full depth before and after, the quality at half of the layers, and the area under the curve of quality over
+time, all with 95 % intervals over inputs, beside what the training cost. Losses are kept. What is done is read back
+when the command is given again.
+
+    python scripts/compare_recipes.py --model plain --train_file train.csv --validation_file validation.csv \\
+        --prefix "describe: " --exit_layers 2 4 6 --max_steps 150 --output_dir recipes --table recipes.md
+
+Quality is ROUGE-L (best of an input's references). Settings are thresholds of the top-two gap, from never leaving to
+leaving at the first exit point asked; between two of them, quality and layers are taken as linear. The area is the
+mean, over times from half of stock's time to all of it, of the best quality that can be had within that time (0 where
+none can), one text at a time on one thread. The last line of stdout is JSON.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from recipe_table import summarize, table
+from recipes import RECIPES, Recipe
+from text_pairs import DataArguments, HelpFormatter, check_data, read_pairs, tokenize
+from torch.utils.data import DataLoader
+from transformers import (
+    AutoTokenizer,
+    DataCollatorForSeq2Seq,
+    HfArgumentParser,
+    PreTrainedTokenizerBase,
+    Seq2SeqTrainingArguments,
+    set_seed,
+)
+
+from hf_earlyexit import EarlyExitConfig, EarlyExitT5ForConditionalGeneration
+from hf_earlyexit.data import Example, group_by_input, in_random_order
+from hf_earlyexit.evaluation import evaluate_model
+from hf_earlyexit.grid import Grid
+from hf_earlyexit.lora import add_lora, merge_lora
+from hf_earlyexit.machine import environment, load
+from hf_earlyexit.shortcuts import fit_shortcuts
+from hf_earlyexit.training import EarlyExitTrainer
+
+
+THRESHOLDS = (0.95, 0.8, 0.6, 0.4, 0.2, 0.0)
+
+
+@dataclass
+class ComparisonArguments:
+    """What is compared, and under what budget."""
+
+    model: str = field(metadata={"help": "a plain T5 checkpoint: a folder or a Hub id"})
+    output_dir: str = field(metadata={"help": "folder of results, one for each recipe"})
+    table: str | None = field(default=None, metadata={"help": "Markdown file to write"})
+    recipes: list[str] = field(default_factory=lambda: list(RECIPES), metadata={"help": "names of recipes"})
+    exit_layers: list[int] = field(default_factory=lambda: [2, 4, 6], metadata={"help": "layers with an exit point"})
+    max_steps: int = field(default=150, metadata={"help": "of each recipe that trains"})
+    batch_size: int = field(default=48, metadata={"help": "rows of a step"})
+    learning_rate: float = field(default=5e-4, metadata={"help": "falls linearly after 10 % of warm-up"})
+    bf16: bool = field(default=False, metadata={"help": "train in mixed precision"})
+    inputs: int = field(default=150, metadata={"help": "distinct validation inputs to evaluate on"})
+    rounds: int = field(default=15, metadata={"help": "texts that each setting is timed on"})
+    seed: int = field(default=0, metadata={"help": "of the order of rows and of dropout"})
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Train and evaluate every recipe that is not done yet; the last line printed is JSON."""
+    parser = HfArgumentParser((ComparisonArguments, DataArguments), description=__doc__, formatter_class=HelpFormatter)
+    arguments, data = parser.parse_args_into_dataclasses(argv)
+    try:
+        check_recipes(arguments)
+        check_data(data)
+        train_pairs, validation_pairs = read_pairs(data)
+    except (ValueError, OSError) as error:  # the user's to mend, and nothing has been done yet
+        print(f"{parser.prog}: error: {error} See --help.", file=sys.stderr)
+        sys.exit(2)
+    comparison = Comparison(arguments, data, train_pairs, in_random_order(group_by_input(validation_pairs)))
+    results = {name: comparison.result_of(name) for name in arguments.recipes}
+    text = table(results, comparison.budget)
+    print(text)
+    if arguments.table:
+        Path(arguments.table).write_text(text + "\n", encoding="utf-8")
+    print(json.dumps({"output_dir": arguments.output_dir, "recipes": results}))
+
+
+def check_recipes(arguments: ComparisonArguments) -> None:
+    """Refuse recipes that are not known and a budget of nothing."""
+    if unknown := sorted(set(arguments.recipes) - set(RECIPES)):
+        raise ValueError(f"--recipes has {unknown}; there are {list(RECIPES)}.")
+    for name in ("max_steps", "batch_size", "inputs"):
+        if getattr(arguments, name) < 1:
+            raise ValueError(f"--{name} must be positive, got {getattr(arguments, name)}.")
+    if arguments.rounds < 2:
+        raise ValueError(f"--rounds must be at least 2, got {arguments.rounds}.")
+    for name in arguments.recipes:
+        layer = RECIPES[name].asks_at
+        if layer not in (None, *arguments.exit_layers):
+            raise ValueError(f"--exit_layers must have {layer} for the recipe {name!r}, got {arguments.exit_layers}.")
+
+
+class Comparison:
+    """One task and one budget, under which recipes are tried one after the other.
+
+    Args:
+        train_pairs: Inputs and targets.
+        examples: Distinct validation inputs, in random order; the first ones are judged, the next ones watched while
+            training.
+    """
+
+    def __init__(
+        self,
+        arguments: ComparisonArguments,
+        data: DataArguments,
+        train_pairs: list[tuple[str, str]],
+        examples: list[Example],
+    ):
+        self.arguments, self.data, self.folder = arguments, data, Path(arguments.output_dir)
+        self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(arguments.model)
+        needed = arguments.max_steps * arguments.batch_size
+        self.train_rows = tokenize(self.tokenizer, train_pairs, data).shuffle(seed=arguments.seed)
+        self.train_rows = self.train_rows.select(range(min(needed, len(self.train_rows))))
+        self.judged = examples[: arguments.inputs]
+        watched = [(one.source, one.references[0]) for one in examples[arguments.inputs :][:32] or self.judged]
+        self.watched_rows = tokenize(self.tokenizer, watched, data)
+
+    @property
+    def budget(self) -> str:
+        """In words."""
+        asked = self.arguments
+        return (
+            f"{asked.max_steps} steps of {asked.batch_size} rows, exit points {asked.exit_layers}, "
+            f"{len(self.judged)} inputs, {asked.rounds} texts timed per setting"
+        )
+
+    def result_of(self, name: str) -> dict[str, Any]:
+        """Of a recipe; read back if it has been tried."""
+        file = self.folder / f"{name.replace(' ', '_').replace(',', '')}.json"
+        asked = {**vars(self.arguments), **vars(self.data), "recipe": repr(RECIPES[name])}
+        asked = json.loads(json.dumps({key: asked[key] for key in asked if key not in ("recipes", "table")}))
+        if file.exists():
+            found = json.loads(file.read_text(encoding="utf-8"))
+            if found["asked"] == asked:
+                return found
+            print(f"{file} was made under another budget: it is made anew.", file=sys.stderr)
+        found = {"asked": asked, **self.try_recipe(name, RECIPES[name])}
+        self.folder.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(found) + "\n", encoding="utf-8")
+        return found
+
+    def try_recipe(self, name: str, recipe: Recipe) -> dict[str, Any]:
+        """Train by a recipe, and evaluate."""
+        print(f"--- {name}", file=sys.stderr)
+        set_seed(self.arguments.seed)
+        exits = EarlyExitConfig(tuple(self.arguments.exit_layers), recipe.heads)
+        model = EarlyExitT5ForConditionalGeneration.from_pretrained(
+            self.arguments.model, early_exit=exits, dtype=torch.float32
+        ).eval()
+        cost = self.train(model, recipe, self.folder / "runs" / name)
+        layers = self.arguments.exit_layers if recipe.asks_at is None else [recipe.asks_at]
+        curve = f"softmax:{','.join(map(str, layers))}"
+        grid = Grid({curve: THRESHOLDS}, (1,), ("row",), self.arguments.rounds)
+        generation = {"max_new_tokens": self.data.max_target_tokens}
+        results = evaluate_model(model.eval(), self.tokenizer, self.judged, grid, generation=generation)
+        gc.collect()
+        surroundings = {"environment": environment(), "load": load()}
+        return {"source": recipe.source, "cost": cost, **summarize(results, curve), **surroundings}
+
+    def train(self, model: EarlyExitT5ForConditionalGeneration, recipe: Recipe, folder: Path) -> dict[str, Any]:
+        """What it took: CPU seconds, two small evaluations included, and how many parameters moved."""
+        start, moved = time.process_time(), 0
+        collate = DataCollatorForSeq2Seq(self.tokenizer, model=model)
+        if recipe.shortcuts:
+            size = self.arguments.batch_size
+            fit_shortcuts(model, DataLoader(self.train_rows, batch_size=size, collate_fn=collate))
+            moved = sum(head.map.weight.numel() for head in model.exit_heads.heads.values())
+        if recipe.lora_rank is not None:
+            add_lora(model, recipe.lora_rank)
+        if recipe.objective is not None:
+            moving = (one for name, one in model.named_parameters() if recipe.objective.moves(name))
+            moved = sum(one.numel() for one in moving if one.requires_grad)
+            trainer = EarlyExitTrainer(
+                model,
+                self._training_arguments(recipe, folder),
+                objective=recipe.objective,
+                train_dataset=self.train_rows,
+                eval_dataset=self.watched_rows,
+                data_collator=collate,
+            )
+            trainer.train()
+        if recipe.lora_rank is not None:
+            merge_lora(model)
+        return {"cpu_seconds": time.process_time() - start, "moved_parameters": moved}
+
+    def _training_arguments(self, recipe: Recipe, folder: Path) -> Seq2SeqTrainingArguments:
+        asked = self.arguments
+        return Seq2SeqTrainingArguments(
+            output_dir=str(folder),
+            max_steps=asked.max_steps,
+            per_device_train_batch_size=asked.batch_size,
+            learning_rate=asked.learning_rate * recipe.learning_rate,
+            warmup_steps=asked.max_steps // 10,
+            bf16=asked.bf16,
+            seed=asked.seed,
+            train_sampling_strategy="group_by_length",
+            logging_steps=25,
+            save_strategy="no",
+            report_to="none",
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,123 @@
+"""Answers for what an evaluation says of a recipe in a few figures, and for the table of all recipes.
+
+Intervals are bootstrapped over inputs (95 %, percentile): all settings of a recipe on the same draw of inputs, so that
+an interpolated quality is drawn as a whole. Times are medians and stay as they are. Knows nothing of training.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+from scipy.stats import bootstrap
+
+from hf_earlyexit.candidates import FULL_DEPTH
+
+
+Interval = dict[str, float]
+LEAST_TIME, TIMES = 0.5, 501
+RESAMPLES = 2000
+
+
+def summarize(results: Mapping[str, Any], curve: str) -> dict[str, Any]:
+    """Quality at full depth and at half of the layers, area under quality over time, and the points of the curve.
+
+    Args:
+        results: Of `evaluate_model`, batch size 1.
+        curve: Whose points, with full depth as the last one.
+    """
+    names = [one["name"] for one in results["quality"].values() if one["curve"] in (curve, FULL_DEPTH)]
+    per_input = [results["quality"][name]["per_input"] for name in names]
+    quality = np.array([one["rougeL"] for one in per_input])
+    tokens = np.array([one["tokens"] for one in per_input], dtype=float)
+    layers = np.array([one["layers"] for one in per_input]) * tokens
+    times = np.array([1.0 if name == FULL_DEPTH else time_of(results, name) for name in names])
+    half = results["num_layers"] / 2
+
+    def at_half(draw: np.ndarray) -> float:
+        return quality_at(
+            half, layers[:, draw].sum(axis=1) / tokens[:, draw].sum(axis=1), quality[:, draw].mean(axis=1)
+        )
+
+    def area(draw: np.ndarray) -> float:
+        return area_under(times, quality[:, draw].mean(axis=1))
+
+    count = quality.shape[1]
+    return {
+        "full_depth": interval(lambda draw: quality[names.index(FULL_DEPTH), draw].mean(), count),
+        "at_half": interval(at_half, count),
+        "area": interval(area, count),
+        "points": [
+            {
+                "name": name,
+                "time": float(times[place]),
+                "layers": float(layers[place].sum() / tokens[place].sum()),
+                "rougeL": float(quality[place].mean()),
+            }
+            for place, name in enumerate(names)
+        ],
+        "rougeL_of_full_depth": quality[names.index(FULL_DEPTH)].tolist(),
+    }
+
+
+def time_of(results: Mapping[str, Any], name: str) -> float:
+    """The time of a setting over stock's by the results' clock."""
+    cell = next(one for one in results["cells"] if one["name"] == name)
+    return cell["time"]["ratio"][results["asked"]["clock"]]["median"]
+
+
+def quality_at(layers: float, own_layers: np.ndarray, quality: np.ndarray) -> float:
+    """The quality at that many layers per token, linear between the two points around; of the nearest one outside."""
+    order = np.argsort(own_layers)
+    return float(np.interp(layers, own_layers[order], quality[order]))
+
+
+def area_under(times: np.ndarray, quality: np.ndarray) -> float:
+    """The mean, over times from `LEAST_TIME` to 1, of the best quality within that time; 0 where there is none."""
+    within = times[:, None] <= np.linspace(LEAST_TIME, 1, TIMES)
+    return float(np.where(within, quality[:, None], 0.0).max(axis=0).mean())
+
+
+def interval(statistic: Callable[[np.ndarray], float], count: int) -> Interval:
+    """A statistic of all inputs, and the limits of its bootstrap interval; it is handed the places that are drawn."""
+    places = np.arange(count)
+    mean = float(statistic(places))
+    options = {"n_resamples": RESAMPLES, "method": "percentile", "vectorized": False, "random_state": 0}
+    with np.errstate(invalid="ignore"):
+        found = bootstrap((places,), statistic, **options).confidence_interval
+    return {"mean": mean, "low": float(found.low), "high": float(found.high)}
+
+
+def table(results: Mapping[str, Mapping[str, Any]], budget: str) -> str:
+    """All recipes as a Markdown table, in their order, with 95 % intervals in brackets."""
+    before = next((one for one in results.values() if not one["cost"]["moved_parameters"]), None)
+    lines = [
+        f"Budget: {budget}. ROUGE-L x 100; 95 % intervals over inputs.",
+        "",
+        "| recipe | full depth | against before | at half of the layers | area, quality over time | CPU s | moved |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+        *(_line(name, one, before) for name, one in results.items()),
+    ]
+    return "\n".join(lines)
+
+
+def _line(name: str, one: Mapping[str, Any], before: Mapping[str, Any] | None) -> str:
+    cells = [name, _shown(one["full_depth"]), _difference(one, before), _shown(one["at_half"]), _shown(one["area"])]
+    cells += [f"{one['cost']['cpu_seconds']:.0f}", f"{one['cost']['moved_parameters'] / 1e6:.2f} M"]
+    return f"| {' | '.join(cells)} |"
+
+
+def _difference(one: Mapping[str, Any], before: Mapping[str, Any] | None) -> str:
+    """Of full depth to that of the plain checkpoint, input by input."""
+    if before is None:
+        return "-"
+    pairs = zip(one["rougeL_of_full_depth"], before["rougeL_of_full_depth"])
+    differences = np.array([own - other for own, other in pairs])
+    if not differences.any():
+        return "0 (the same)"
+    return _shown(interval(lambda draw: differences[draw].mean(), len(differences)), "+.1f")
+
+
+def _shown(found: Interval, style: str = ".1f") -> str:
+    return f"{found['mean']:{style}} ({found['low']:{style}} to {found['high']:{style}})"
