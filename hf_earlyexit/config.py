@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, fields
 from transformers import PreTrainedConfig, T5Config
 
 
-HEAD_KINDS = ("shared", "norm", "linear", "mlp")
+HEAD_KINDS = ("shared", "norm", "linear", "mlp", "shortcut")
 CLASSIFIER_KINDS = ("linear", "mlp")
 
 
@@ -53,7 +53,9 @@ class EarlyExitConfig:
         heads: The kind of head at the exit points, one for all or one per exit point. All start as the logit lens,
             the model's own final norm and LM head on the middle state, and end in the LM head:
             `"shared"` is the logit lens itself and has no weights; `"norm"` has its own final norm; `"linear"` adds
-            to that norm's output a linear map of it, `"mlp"` a two-layer perceptron of it, both starting at zero.
+            to that norm's output a linear map of it, `"mlp"` a two-layer perceptron of it, both starting at zero;
+            `"shortcut"` has its own final norm of a linear map of the state, which starts as the identity and is
+            fitted without training by `hf_earlyexit.shortcuts.fit_shortcuts`.
         classifier: Shape of the exit classifiers (`ClassifierConfig`, or its fields as a dict), None for none.
 
     Raises:

@@ -18,6 +18,10 @@ class ZeroLinear(nn.Linear):
     """A linear map that starts at zero, so that what it is added to starts unchanged."""
 
 
+class IdentityLinear(nn.Linear):
+    """A linear map that starts as the identity."""
+
+
 class ClassifierLinear(nn.Linear):
     """A classifier's linear map; its own class, so that the model's default initialisation does not reach it."""
 
@@ -71,7 +75,26 @@ class MlpHead(NormHead):
         return normed + self.down(torch.relu(self.up(normed)))
 
 
-HEADS: dict[str, type[NormHead]] = {"norm": NormHead, "linear": LinearHead, "mlp": MlpHead}
+class ShortcutHead(NormHead):
+    """Kind `"shortcut"`: its own final norm of a linear map of the raw state (arXiv 2303.09435).
+
+    `hf_earlyexit.shortcuts.fit_shortcuts` makes the map, a guess at the last layer's output, in closed form.
+    """
+
+    def __init__(self, hidden_size: int, epsilon: float):
+        super().__init__(hidden_size, epsilon)
+        self.map = IdentityLinear(hidden_size, hidden_size, bias=False)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self.norm(linear(self.map, hidden))  # raw states can be too large for fp16, so in their own dtype
+
+
+HEADS: dict[str, type[NormHead]] = {
+    "norm": NormHead,
+    "linear": LinearHead,
+    "mlp": MlpHead,
+    "shortcut": ShortcutHead,
+}
 
 
 class Classifier(nn.Module):
@@ -143,6 +166,8 @@ def initialize(module: nn.Module) -> bool:
     """
     if isinstance(module, ZeroLinear):
         init.zeros_(module.weight)
+    elif isinstance(module, IdentityLinear):
+        init.eye_(module.weight)
     elif isinstance(module, ClassifierLinear):
         init.normal_(module.weight, mean=0.0, std=module.in_features**-0.5)
         init.zeros_(module.bias)
@@ -155,4 +180,5 @@ def initialize(module: nn.Module) -> bool:
 
 def linear(layer: nn.Linear, hidden: torch.Tensor) -> torch.Tensor:
     """`layer` computed in the dtype of `hidden`."""
-    return nn.functional.linear(hidden, layer.weight.to(hidden.dtype), layer.bias.to(hidden.dtype))
+    bias = None if layer.bias is None else layer.bias.to(hidden.dtype)
+    return nn.functional.linear(hidden, layer.weight.to(hidden.dtype), bias)

@@ -25,7 +25,7 @@ CATCH_UP = "catch-up"
 HEADS = "heads"
 REST = "loop and decisions"
 # d_model x d_model maps in an exit head. Classifiers are not counted: they are small and belong to the decisions.
-HEAD_MAPS = {"shared": 0, "norm": 0, "linear": 1, "mlp": 2}
+HEAD_MAPS = {"shared": 0, "norm": 0, "linear": 1, "mlp": 2, "shortcut": 1}
 
 
 @dataclass(frozen=True)

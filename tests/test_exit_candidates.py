@@ -20,7 +20,7 @@ from tests.watching import counting, watched_departures
 
 SEEDS = (0, 1, 2)
 THRESHOLDS = {"softmax": 0.3, "max_prob": 0.5, "entropy": 0.15}
-HEADS = EarlyExitConfig(heads=["shared", "norm", "shared", "linear", "mlp"])
+HEADS = EarlyExitConfig(heads=["shared", "norm", "shortcut", "linear", "mlp"])
 
 
 def later(counts: torch.Tensor) -> torch.Tensor:

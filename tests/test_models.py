@@ -17,8 +17,8 @@ from tests.watching import Scripted, pseudo_random_script, threshold_for
 
 
 MIXED = EarlyExitConfig(
-    exit_layers=(1, 2, 4, 5),
-    heads=("shared", "norm", "linear", "mlp"),
+    exit_layers=(1, 2, 3, 4, 5),
+    heads=("shared", "norm", "shortcut", "linear", "mlp"),
     classifier=ClassifierConfig("mlp", shared=False),
 )
 
@@ -57,7 +57,7 @@ def test_only_exit_heads_are_missing_and_they_start_as_the_logit_lens(family, tm
     assert missing and all(name.startswith("exit_heads.") for name in missing)
     assert model.early_exit == MIXED.for_layers(NUM_LAYERS)
     inputs = tiny_inputs(3)
-    for layer in (1, 2, 4, 5):
+    for layer in MIXED.exit_layers:
         call = {"exit_criterion": "fixed", "exit_layer": layer}
         ours, theirs = laws.generate(model, inputs, **call), laws.generate(lens, inputs, **call)
         assert torch.equal(ours.sequences, theirs.sequences)
@@ -108,12 +108,13 @@ def test_ours_loads_as_plain_t5(family, tmp_path):
 
 @torch.no_grad()
 def test_heads_compute_what_they_say():
-    for kind in ("norm", "linear", "mlp"):
+    for kind in ("norm", "linear", "mlp", "shortcut"):
         _, model = tiny_pair("tied", 5, early_exit=EarlyExitConfig(exit_layers=(2,), heads=kind))
         head, hidden = model.exit_heads.heads["2"], torch.randn(3, 32, dtype=torch.float64)
         for parameter in head.parameters():
             parameter.copy_(torch.randn_like(parameter))
-        normed = head.norm.weight * hidden / (hidden.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt()
+        mapped = hidden @ head.map.weight.T if kind == "shortcut" else hidden
+        normed = head.norm.weight * mapped / (mapped.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt()
         expected = normed
         if kind == "linear":
             expected = normed + normed @ head.map.weight.T
@@ -227,7 +228,7 @@ def test_half_precision(dtype, family, tmp_path):
     inputs = tiny_inputs(4, 8)
     laws.never_equals_stock(stock, model, inputs)
     script = Scripted(pseudo_random_script(8, NUM_LAYERS))
-    wish = lambda row, position: (1, 2, 4, 6)[script.script(row, position) % 4]  # noqa: E731
+    wish = lambda row, position: (1, 2, 3, 4, 6)[script.script(row, position) % 5]  # noqa: E731
     outputs = [
         laws.generate(model, inputs, exit_criterion=Scripted(wish), exit_threshold=0.5, fill=fill)
         for fill in ("lazy", "eager")
@@ -257,7 +258,8 @@ def test_fresh_models_from_a_configuration():
     model = EarlyExitT5ForConditionalGeneration(EarlyExitT5Config(**values))
     assert not model.exit_heads.heads["4"].map.weight.any() and not model.exit_heads.heads["5"].down.weight.any()
     assert model.exit_heads.heads["5"].up.weight.std() < 0.5
-    assert set(model.exit_heads.classifiers) == {"1", "2", "4", "5"}
+    assert torch.equal(model.exit_heads.heads["3"].map.weight, torch.eye(32))
+    assert set(model.exit_heads.classifiers) == {"1", "2", "3", "4", "5"}
     names = [name for name, _ in model.named_parameters() if name.startswith("exit_heads")]
     assert all(parameter.isfinite().all() for parameter in model.parameters()) and names
 

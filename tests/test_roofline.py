@@ -89,15 +89,15 @@ def test_weights_are_those_of_the_modules(family):
 
 def test_exit_heads_count_their_maps():
     config = tiny_config(early_exit=None)
-    config.early_exit = EarlyExitConfig((1, 2, 4), ("norm", "linear", "mlp")).to_dict()
-    assert DecoderSizes.of(config, 4).head_maps == (0, 1, 0, 2, 0, 0)
+    config.early_exit = EarlyExitConfig((1, 2, 4, 5), ("norm", "linear", "mlp", "shortcut")).to_dict()
+    assert DecoderSizes.of(config, 4).head_maps == (0, 1, 0, 2, 1, 0)
     sizes = DecoderSizes(2, 3, 4, 5, 3, 7, head_maps=(2, 0), value_bytes=2)
     heads = work_of(sizes, simulate(batches_of([[1, 2]], 1), 2, (1,)), 6)[HEADS]
     assert heads.bytes.tolist() == [2 * 2 * 9, 2 * (21 + 3 + 10), 2 * (21 + 3 + 10)]
     assert heads.flops.tolist() == [2 * 2 * 9, 2 * 21, 2 * 21]
 
 
-@pytest.mark.parametrize("heads", ("norm", "linear", "mlp"))
+@pytest.mark.parametrize("heads", ("norm", "linear", "mlp", "shortcut"))
 @pytest.mark.parametrize("asked", (None, SoftmaxResponse()))
 @pytest.mark.parametrize("rows", (1, 3))
 def test_flops_are_those_of_a_real_walk(rows, asked, heads):
