@@ -10,6 +10,8 @@ from functools import cached_property
 
 import torch
 
+from hf_earlyexit.policies import ExitPoint
+
 
 IGNORED = -100
 
@@ -54,6 +56,11 @@ class LabelledExits:
         """`[N]`, the batch row of each token."""
         return self._mask.nonzero()[:, 0]
 
+    @cached_property
+    def positions(self) -> torch.Tensor:
+        """`[N]`, the decoder position of each token."""
+        return self._mask.nonzero()[:, 1]
+
     @property
     def batch_size(self) -> int:
         return len(self._labels)
@@ -71,6 +78,18 @@ class LabelledExits:
     def exit_logits(self, layer: int) -> torch.Tensor:
         """`[N]`, the exit classifier's, before the sigmoid."""
         return self._classify(layer, self.hidden(layer))
+
+    def exit_point(self, layer: int) -> ExitPoint:
+        """What a criterion may look at after `layer`, as in `generate`; each of the N tokens is a row of its own."""
+        return ExitPoint(
+            layer,
+            list(range(len(self.labels))),
+            self.positions.tolist(),
+            self.hidden(layer),
+            self.hidden(layer - 1),
+            self._score,
+            lambda layer, hidden: self._classify(layer, hidden).sigmoid(),
+        )
 
     @cached_property
     def full_depth_choices(self) -> torch.Tensor:
