@@ -55,11 +55,10 @@ def _distance(found: dict[str, Any]) -> list[str]:
         return []
     place = LEVELS.index(SPOKEN)
     parts = [
-        f"{row['name']} chooses {row['cells'][place]['layers']:.2f} layers where its oracle chooses "
-        f"{row['cells'][place]['oracle']:.2f}"
+        f"{row['name']} {row['cells'][place]['layers']:.2f} (its oracle {row['cells'][place]['oracle']:.2f})"
         for row in rows
     ]
-    return [f"With {100 * SPOKEN:g} % of tokens as full depth's, {listed(parts)}."]
+    return [f"For {100 * SPOKEN:g} % of tokens to be full depth's, the layers per token are: {listed(parts)}."]
 
 
 def _ties(found: dict[str, Any]) -> list[str]:

@@ -68,8 +68,8 @@ def test_sentences_say_what_was_found(found):
         "and all from 2.50 layers on make it."
     )
     assert distance == (
-        "With 95 % of tokens as full depth's, state chooses 2.50 layers where its oracle chooses 1.50 and softmax:2 "
-        "chooses 2.50 layers where its oracle chooses 2.75."
+        "For 95 % of tokens to be full depth's, the layers per token are: state 2.50 (its oracle 1.50) and softmax:2 "
+        "2.50 (its oracle 2.75)."
     )
     ties = oracle_reading({"oracle": found | {"tied": 0.02, "rewritten": 0.001}, "num_layers": 4})[-1]
     assert ties.startswith("At 2.00 % of tokens full depth's two best logits are equal") and "at 0.10 % full" in ties
