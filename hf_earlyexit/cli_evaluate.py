@@ -30,7 +30,8 @@ EVALUATE = """\
 Measure what a model's exits are worth: every threshold of some criteria, at several batch sizes and under both batch
 rules, beside stock Transformers at full depth and a stock decoder cut to each exit. Quality with intervals, agreement
 with full depth, layers, work, throughput, inter-token latency, encoder apart; each cell is timed beside stock on one
-thread and stores the ratio. A run that was cut off goes on. What all of it shows, `hf-earlyexit report` draws.
+thread and stores the ratio. And how far each criterion is from the oracle, the first exit that agrees with full depth.
+A run that was cut off goes on. What all of it shows, `hf-earlyexit report` draws.
 """
 EVALUATE_EXAMPLE = """\
 example:
@@ -97,6 +98,7 @@ def evaluate(arguments: argparse.Namespace) -> int:
     )
     Path(arguments.output).write_text(json.dumps(results) + "\n", encoding="utf-8")
     print(table_of(results))
+    print(oracle_of(results))
     print(f"\nSee it: hf-earlyexit report {arguments.output}")
     files = {"output": arguments.output, "journal": journal_of(arguments)}
     print(json.dumps({**files, "cells": len(results["cells"]), "inputs": len(examples)}))
@@ -143,6 +145,14 @@ def _line(cell: Mapping[str, Any], quality: Mapping[str, Any], ratio: float) -> 
         f"{time['ours']['tokens_per_second']:.0f}",
         "-" if between is None else f"{between:.1f}",
     )
+
+
+def oracle_of(results: Mapping[str, Any]) -> str:
+    """How far criteria are from what is possible, in sentences."""
+    from hf_earlyexit.oracle_report import oracle_reading
+
+    text = f"Oracle, a bound and no saving: {' '.join(oracle_reading(results))}"
+    return f"\n{terminal.paragraph(text, 110)}"
 
 
 # --- report ---------------------------------------------------------------------------------------------------------

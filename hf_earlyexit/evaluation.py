@@ -28,6 +28,7 @@ from hf_earlyexit.certified import uncertified
 from hf_earlyexit.data import Example, data_fingerprint, in_random_order
 from hf_earlyexit.extras import require
 from hf_earlyexit.fingerprint import tokenizer_fingerprint, weights_fingerprint
+from hf_earlyexit.forced import force
 from hf_earlyexit.grid import Cell, Grid, is_on_a_curve
 from hf_earlyexit.heat_map import heat_map
 from hf_earlyexit.intervals import mean_interval, ratio_interval
@@ -35,6 +36,8 @@ from hf_earlyexit.journal import Journal
 from hf_earlyexit.machine import environment, load
 from hf_earlyexit.metrics import Bleu, exact_match, rouge_scores, textual_consistency
 from hf_earlyexit.models import EarlyExitT5ForConditionalGeneration
+from hf_earlyexit.oracle_curves import oracle_values
+from hf_earlyexit.policies import CRITERIA
 from hf_earlyexit.reliability import reliability
 from hf_earlyexit.settings import ExitSettings
 from hf_earlyexit.stock import stock_generate, stock_of
@@ -72,8 +75,8 @@ def evaluate_model(
         data_name: For the results.
 
     Returns:
-        Plain values: `quality` by key, `cells`, `reliability`, `examples`, `certificate`, and what was asked. BLEU is
-        among the scores where sacreBLEU is installed.
+        Plain values: `quality` by key, `cells`, `reliability`, `oracle`, `examples`, `certificate`, and what was
+        asked. BLEU is among the scores where sacreBLEU is installed.
 
     Raises:
         ValueError: Something is not legal, inputs repeat each other, or one has no reference.
@@ -133,7 +136,7 @@ class _Evaluation:
             "inputs": self._inputs(full),
             "quality": quality,
             "cells": cells,
-            "reliability": self._reliability(full),
+            **self._forced(full),
             "examples": self._examples(quality[shown["quality"]], full),
             "certificate": self.certificate and asdict(self.certificate),
         }
@@ -223,14 +226,21 @@ class _Evaluation:
 
     # --- what is shown ----------------------------------------------------------------------------------------------
 
-    def _reliability(self, full: Sequence[Text]) -> dict[str, Any]:
-        criteria = list(
-            dict.fromkeys(one.keywords["exit_criterion"] for one in self.candidates if is_on_a_curve(one.curve))
-        )
-        key = f"reliability | {', '.join(criteria)}"
-        if key not in self.journal:
-            self.journal.add(key, reliability(self.writer, self.examples, full, criteria))
-        return self.journal[key]
+    def _forced(self, full: Sequence[Text]) -> dict[str, Any]:
+        """What is read from full depth's texts, forced on the exits once: `reliability` and `oracle`."""
+        asked = [one for one in self.candidates if is_on_a_curve(one.curve)]
+        names = list(dict.fromkeys(one.keywords["exit_criterion"] for one in asked))
+        keys = {
+            "reliability": f"reliability | {', '.join(names)}",
+            "oracle": f"oracle | {', '.join(one.name for one in asked)}",
+        }
+        if any(key not in self.journal for key in keys.values()):
+            forced = force(self.writer, self.examples, full, {name: CRITERIA[name]() for name in names})
+            readings = {"reliability": lambda: reliability(forced), "oracle": lambda: oracle_values(forced, asked)}
+            for name, read in readings.items():
+                if keys[name] not in self.journal:
+                    self.journal.add(keys[name], read())
+        return {name: self.journal[key] for name, key in keys.items()}
 
     def _examples(self, shown: Mapping[str, Any], full: Sequence[Text]) -> list[dict[str, Any]]:
         few = self.examples[:SHOWN]

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from hf_earlyexit.candidates import FULL_DEPTH, STATIC
 from hf_earlyexit.extras import require
+from hf_earlyexit.oracle_report import oracle
+from hf_earlyexit.panels import COLOURS, GREY, MARKERS, panel_grid, shared_legend
 from hf_earlyexit.questions import CLOCKS, Results, choices, clock, curves, full_depth, time_ratio
 
 
@@ -20,20 +22,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-# Okabe and Ito's colours, which people who see few colours can tell apart, without yellow (faint on white) and black
-# (the static decoder's). Markers differ in number from colours, so that pairs repeat late.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
-MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-GREY = "#6b6b6b"
 # From the first layer to the last but one: blue is early, orange late. All light enough for black letters.
 LAYER_STOPS = ((0.42, 0.68, 0.93), (0.72, 0.87, 0.95), (0.98, 0.94, 0.70), (0.99, 0.76, 0.42), (0.93, 0.53, 0.33))
-LOOK = {
-    "font.size": 10,
-    "axes.titlesize": 10.5,
-    "legend.fontsize": 9.5,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-}
 MOST_HISTOGRAMS = 6
 
 
@@ -72,7 +62,7 @@ def _quality(results: Results, place: Callable, label: str, at_stock: float | No
     sizes = _batch_sizes(results)
     if not sizes:
         return None
-    figure, panels = _grid(len(sizes), most_columns=2, size=(4.3, 3.3), sharex=True, sharey=True)
+    figure, panels = panel_grid(len(sizes), most_columns=2, size=(4.3, 3.3), sharex=True, sharey=True)
     full, bottom = full_depth(results)["scores"]["rougeL"]["mean"], _bottom(results)
     for panel, size in zip(panels, sizes):
         panel.set_title(f"batch size {size}" if size > 1 else "one text at a time")
@@ -87,7 +77,7 @@ def _quality(results: Results, place: Callable, label: str, at_stock: float | No
     panels[0].set_ylim(bottom=bottom)  # shared, so only when all is drawn
     figure.supxlabel(label, fontsize=10.5)
     figure.supylabel("ROUGE-L, best of the references", fontsize=10.5)
-    _legend(figure, panels)
+    shared_legend(figure, panels)
     return figure
 
 
@@ -155,7 +145,7 @@ def layers_run(results: Results) -> Figure | None:
     num_layers = results["num_layers"]
     layers = range(1, num_layers + 1)
     colours = [layer_colour(layer, num_layers) for layer in layers[:-1]] + ["white"]
-    figure, panels = _grid(len(shown), most_columns=3, size=(2.9, 2.4), sharey=True)
+    figure, panels = panel_grid(len(shown), most_columns=3, size=(2.9, 2.4), sharey=True)
     for panel, quality in zip(panels, shown):
         panel.bar(layers, quality["distribution"], color=colours, edgecolor=GREY, linewidth=0.8)
         mean = quality["mean_layers"]["mean"]
@@ -186,7 +176,7 @@ def reliability(results: Results) -> Figure | None:
     found = {name: exits for name, exits in results.get("reliability", {}).items() if exits}
     if not found:
         return None
-    figure, panels = _grid(len(found), most_columns=3, size=(3.1, 3.2), sharex=True, sharey=True)
+    figure, panels = panel_grid(len(found), most_columns=3, size=(3.1, 3.2), sharex=True, sharey=True)
     most = max(one["count"] for exits in found.values() for bins in exits.values() for one in bins)
     palette = require("matplotlib", "report").colormaps["viridis"]
     for panel, (criterion, exits) in zip(panels, found.items()):
@@ -199,7 +189,7 @@ def reliability(results: Results) -> Figure | None:
         panel.set(title=criterion, xlim=(-0.03, 1.03), ylim=(-0.03, 1.03))
     figure.supxlabel("mean confidence", fontsize=10.5)
     figure.supylabel("share that agrees with the last layer", fontsize=10.5)
-    _legend(figure, panels)
+    shared_legend(figure, panels)
     return figure
 
 
@@ -229,7 +219,7 @@ def _over_thresholds(results: Results, lines: Callable, label: str) -> Figure | 
     sizes, names = _batch_sizes(results), curves(results)
     if not sizes or not names:
         return None
-    figure, panels = _grid(
+    figure, panels = panel_grid(
         len(sizes) * len(names), most_columns=len(names), size=(2.7, 1.9), sharex="col", sharey="row"
     )
     styles = {(curve, rule): style for curve, rule, style in _lines(results)}
@@ -249,7 +239,7 @@ def _over_thresholds(results: Results, lines: Callable, label: str) -> Figure | 
         panel.set_ylim(bottom=0)  # shared by a row, so only when all is drawn
     figure.supxlabel("threshold (left: eager to leave)", fontsize=10.5)
     figure.supylabel(label, fontsize=10.5)
-    _legend(figure, panels[:1])
+    shared_legend(figure, panels[:1])
     for handle in figure.legends[0].legend_handles:  # the first column's colour would say the first criterion
         if handle.get_color() != GREY:
             handle.set_color("black")
@@ -286,38 +276,12 @@ def _cells(results: Results, curve: str, rule: str, size: int) -> list[dict[str,
     return sorted(found, key=lambda cell: cell["threshold"])
 
 
-def _grid(count: int, most_columns: int, size: tuple[float, float], **shared: Any) -> tuple[Figure, list[Axes]]:
-    """A figure of `count` panels of `size` inches, and these, row by row."""
-    rows = math.ceil(count / most_columns)
-    columns = math.ceil(count / rows)
-    with require("matplotlib", "report").rc_context(LOOK):
-        figure = require("matplotlib.figure", "report").Figure(
-            figsize=(columns * size[0] + 0.5, rows * size[1] + 0.9), layout="constrained", facecolor="white"
-        )
-        panels = figure.subplots(rows, columns, squeeze=False, **shared).ravel().tolist()
-    for panel in panels[:count]:
-        panel.grid(alpha=0.25, linewidth=0.6)
-        panel.set_axisbelow(True)
-    for place, panel in enumerate(panels[count:], count):
-        panel.set_visible(False)
-        panels[place - columns].tick_params(labelbottom=True)  # which the hidden one below would have had
-    return figure, panels[:count]
-
-
-def _legend(figure: Figure, panels: Iterable[Axes]) -> None:
-    """One legend of all panels above them, where it covers nothing."""
-    labelled = [panel.get_legend_handles_labels() for panel in panels]
-    entries = {label: handle for handles, labels in labelled for handle, label in zip(handles, labels)}
-    figure.legend(
-        entries.values(), entries, loc="outside upper center", ncols=min(4, (len(entries) + 1) // 2), edgecolor="none"
-    )
-
-
 FIGURES: dict[str, Callable[[Results], Any]] = {
     "quality_time": quality_time,
     "quality_layers": quality_layers,
     "layers_run": layers_run,
     "reliability": reliability,
+    "oracle": oracle,
     "latency": latency,
     "throughput": throughput,
 }

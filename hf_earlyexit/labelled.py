@@ -10,6 +10,8 @@ from functools import cached_property
 
 import torch
 
+from hf_earlyexit.policies import ExitPoint
+
 
 IGNORED = -100
 
@@ -56,6 +58,11 @@ class LabelledExits:
         """`[N]`, the batch row of each token."""
         return self._mask.nonzero()[:, 0]
 
+    @cached_property
+    def positions(self) -> torch.Tensor:
+        """`[N]`, the decoder position of each token."""
+        return self._mask.nonzero()[:, 1]
+
     @property
     def batch_size(self) -> int:
         return len(self._labels)
@@ -86,6 +93,18 @@ class LabelledExits:
     def agrees(self, layer: int) -> torch.Tensor:
         """`[N]`, whether that is what the last layer would write."""
         return self.choices(layer) == self.full_depth_choices
+
+    def exit_point(self, layer: int) -> ExitPoint:
+        """What a criterion may look at after `layer`, as in `generate`; each of the N tokens is a row of its own."""
+        return ExitPoint(
+            layer,
+            list(range(len(self.labels))),
+            self.positions.tolist(),
+            self.hidden(layer),
+            self.hidden(layer - 1),
+            self._score,
+            lambda layer, hidden: self._classify(layer, hidden).sigmoid(),
+        )
 
     @cached_property
     def full_depth_choices(self) -> torch.Tensor:

@@ -20,6 +20,7 @@ from hf_earlyexit.candidates import FULL_DEPTH, STATIC
 from hf_earlyexit.certificate import confidence, plural
 from hf_earlyexit.extras import require
 from hf_earlyexit.figures import FIGURES, layer_colour
+from hf_earlyexit.oracle_report import oracle_view
 from hf_earlyexit.questions import (
     CLOCKS,
     Choice,
@@ -325,11 +326,9 @@ def view(results: Results) -> dict[str, Any]:
     }
     return {
         "results": results,
-        "certificate": results.get("certificate"),
+        **{name: results.get(name) for name in ("certificate", "started", "commit")},
         "notices": notices(results) if results.get("certificate") else [],
         "clock": CLOCKS[clock(results)],
-        "started": results.get("started"),
-        "commit": results.get("commit"),
         "full": full_depth(results),
         "limit": tolerance(results),
         "best": best_of(found),
@@ -340,6 +339,7 @@ def view(results: Results) -> dict[str, Any]:
         "lengths": {name: length_view(results, *asked) for name, asked in lengths.items()},
         "cells": {size: cell_rows(results, size) for size in sizes},
         "load": sorted(cell["load"][0] for cell in results["cells"]),
+        "oracle": oracle_view(results),
         "colours": {layer: layer_colour(layer, num_layers) for layer in range(1, num_layers)},
         "examples": [{**one, "spans": spans(one, num_layers)} for one in results.get("examples", ())],
     }

@@ -212,6 +212,7 @@ class Comparison:
             logging_steps=25,
             save_strategy="no",
             report_to="none",
+            use_cpu=not torch.cuda.is_available(),
         )
 
 

@@ -73,6 +73,7 @@ def make_results(
         "reliability": {
             name: _reliability(first) for name, first in (("softmax", 0), ("state", 6), ("classifier", 0))
         },
+        "oracle": _oracle(curves),
         "examples": [_example("describe: <script>alert(1)</script> & more"), _example("describe: name[The Vault]")],
         "certificate": None if certificate is None else make_certificate(certificate, curves),
     }
@@ -179,6 +180,51 @@ def _reliability(first: int) -> dict[str, list[dict[str, float]]]:
         ]
         for layer in range(1, NUM_LAYERS)
     }
+
+
+def _oracle(curves: dict[str, tuple[float, ...]]) -> dict[str, Any]:
+    """Whoever asks at fewer exits is further from full depth at as many layers, criteria further than the oracle."""
+    everywhere = list(range(1, NUM_LAYERS))
+    places = {name: [int(one) for one in name.partition(":")[2].split(",") if one] or everywhere for name in curves}
+    oracles = {",".join(map(str, one)): one for one in (everywhere, *places.values())}
+    return {
+        "tokens": 480,
+        "tied": 0.0,
+        "rewritten": 0.0025,
+        "same_layer": [_reached(layer, 0.4 + 0.6 * layer / NUM_LAYERS) for layer in range(1, NUM_LAYERS + 1)],
+        "oracles": {name: _bound(layers) for name, layers in oracles.items()},
+        "curves": {
+            name: {
+                "exit_layers": places[name],
+                "asked": sorted(thresholds, reverse=True),
+                "points": [
+                    _reached(float(NUM_LAYERS), 1.0),
+                    *(
+                        _reached(2.5 + 5.3 * threshold**2, 0.5 + 0.49 * threshold ** (1 + place / 3), threshold)
+                        for threshold in sorted({*thresholds, *(step / 20 for step in range(21))}, reverse=True)
+                    ),
+                ],
+            }
+            for place, (name, thresholds) in enumerate(curves.items())
+        },
+    }
+
+
+def _bound(layers: list[int]) -> dict[str, Any]:
+    """The line of an oracle that may leave after these layers, and where it lies; seven shares that add up to 1."""
+    shares = {str(layer): 0.6 / len(layers) for layer in layers} | {str(NUM_LAYERS): 0.4}
+    first = sum(int(layer) * share for layer, share in shares.items()) / 1.6
+    corners = [(first + (layers[0] - first) * step / 4, 1 - 0.1 * step) for step in range(5)]
+    return {
+        "exit_layers": layers,
+        "first": {"layers": first, "shares": shares},
+        "stable": {"layers": first + 1, "shares": shares},
+        "points": [_reached(*corner) for corner in corners],
+    }
+
+
+def _reached(layers: float, agreement: float, threshold: float | None = None) -> dict[str, float | None]:
+    return {"layers": layers, "agreement": agreement, "threshold": threshold}
 
 
 def _example(text: str) -> dict[str, Any]:

@@ -97,12 +97,16 @@ def test_evaluate_and_report(tmp_path, capsys):
     files = {"output": str(output), "journal": f"{output}.journal"}
     assert json.loads(last) == {**files, "cells": 18, "inputs": 4} and Path(files["journal"]).is_file()
     assert any(line.startswith("classifier 0.7") for line in lines)
+    assert "per token are: classifier " in " ".join(
+        "\n".join(lines).partition("Oracle, a bound and no saving")[2].split()
+    )
     results = json.loads(output.read_text())
     assert results["asked"]["model"] == "t5-e2e" and results["asked"]["data"] == "e2e-validation.csv.gz"
     assert main(["report", str(output), "--png", str(tmp_path / "figures")]) == 0
     written = capsys.readouterr().out.split()
     assert written[0] == str(tmp_path / "results.html") and all(Path(path).is_file() for path in written)
     assert "classifier 0.7" in Path(written[0]).read_text() and len(written) > 3
+    assert str(tmp_path / "figures/oracle.png") in written and list(results["oracle"]["curves"]) == ["classifier"]
 
 
 def test_the_script_is_the_verb(tmp_path):

@@ -21,6 +21,7 @@ from hf_earlyexit.evaluation import best, evaluate_model, judge, time_beside_sto
 from hf_earlyexit.grid import Cell, Grid
 from hf_earlyexit.heat_map import full_depth_choices
 from hf_earlyexit.metrics import rouge_scores
+from hf_earlyexit.oracle import oracle_exits
 from hf_earlyexit.report import check_results
 from hf_earlyexit.stock import stock_generate, stock_of
 from hf_earlyexit.timing import Times, measure, spread, take_turns
@@ -122,6 +123,37 @@ def test_baselines_and_what_is_shown(found):
     assert json.loads(json.dumps(found, allow_nan=False))["environment"]["torch threads"] == "1"
 
 
+def test_the_oracle_is_along_full_depths_texts(shipped, examples, found):
+    """As by direct calls, two curves asked at their own exit points."""
+    model, tokenizer = shipped
+    batch = tokenizer([one.source for one in examples], return_tensors="pt", padding=True)
+    for layers in ([2, 6], list(range(1, 8))):
+        direct = oracle_exits(model, dict(batch), exit_layers=layers, **DECODING)
+        kept = found["oracle"]["oracles"][",".join(map(str, layers))]
+        assert kept["first"]["layers"] == pytest.approx(direct.layers_per_token)
+        assert kept["stable"]["layers"] == pytest.approx(direct.stable_layers_per_token)
+        assert kept["first"]["shares"] == {str(layer): share for layer, share in direct.shares.items()}
+        assert len({share for share in kept["first"]["shares"].values() if share}) >= 3
+    assert found["oracle"]["tokens"] == int(direct.is_token.sum()) == sum(found["inputs"]["full_depth_tokens"])
+    assert [one["agreement"] for one in found["oracle"]["same_layer"][:-1]] == list(direct.agreement.values())
+    curves = found["oracle"]["curves"]
+    assert {name: one["exit_layers"] for name, one in curves.items()} == {
+        "softmax:2,6": [2, 6],
+        "classifier": list(range(1, 8)),
+    }
+    assert curves["softmax:2,6"]["asked"] == [0.6]
+
+
+def test_a_journal_from_before_the_oracle_is_taken_up(shipped, examples, found, journal, tmp_path, monkeypatch):
+    lines = journal.read_text().splitlines(keepends=True)
+    older = tmp_path / "journal"
+    older.write_text("".join(line for line in lines if not line.startswith('{"key": "oracle')))
+    monkeypatch.setattr(evaluation, "time_beside_stock", lambda *args: pytest.fail("a cell was timed again"))
+    monkeypatch.setattr(evaluation, "reliability", lambda *args: pytest.fail("counted again"))
+    again = evaluate_model(*shipped, examples, GRID, generation=DECODING, path=older, data_name="some.csv")
+    assert again["oracle"] == found["oracle"] and older.stat().st_size == journal.stat().st_size
+
+
 def test_differing_places_are_those_of_stock(shipped, examples, found):
     """Of the token behind the same text, not of the other text."""
     model, tokenizer = shipped
@@ -145,9 +177,9 @@ def test_times_are_of_pairs(found):
 
 def test_a_run_that_is_taken_up_does_nothing_twice(shipped, examples, found, journal, monkeypatch):
     monkeypatch.setattr(evaluation, "time_beside_stock", lambda *args: pytest.fail("a cell was timed again"))
-    monkeypatch.setattr(evaluation, "reliability", lambda *args: pytest.fail("counted again"))
+    monkeypatch.setattr(evaluation, "force", lambda *args: pytest.fail("texts were forced again"))
     again = evaluate_model(*shipped, examples, GRID, generation=DECODING, path=journal, data_name="some.csv")
-    for part in ("quality", "cells", "reliability", "inputs"):
+    for part in ("quality", "cells", "reliability", "oracle", "inputs"):
         assert again[part] == found[part]
 
 

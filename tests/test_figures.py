@@ -28,7 +28,7 @@ def test_no_legend_covers_data_and_no_data_is_cut_off(name):
 
 
 def test_figures_without_data_are_none():
-    bare = make_results(certificate=None, sizes=(4,), curves={}) | {"reliability": {}, "examples": []}
+    bare = make_results(certificate=None, sizes=(4,), curves={}) | {"reliability": {}, "oracle": None, "examples": []}
     assert {name for name, draw in FIGURES.items() if draw(bare) is not None} == {"quality_time", "quality_layers"}
     assert {name for name, draw in FIGURES.items() if draw(bare | {"cells": []}) is not None} == set()
 

@@ -8,7 +8,9 @@ import torch
 
 from hf_earlyexit import ClassifierConfig, EarlyExitConfig
 from hf_earlyexit.data import Example
-from hf_earlyexit.reliability import _bins, reliability
+from hf_earlyexit.forced import force
+from hf_earlyexit.policies import CRITERIA
+from hf_earlyexit.reliability import bins, reliability
 from hf_earlyexit.writing import Text
 from tests.tiny import NUM_LAYERS, tiny_inputs, tiny_pair
 
@@ -61,23 +63,24 @@ def by_hand(model, texts) -> tuple[dict, dict]:
 def test_it_is_what_stock_calls_give_by_hand(model, size):
     texts = texts_of(model)
     examples = [Example(f"{row}") for row in range(4)]
-    found = reliability(Numbers(model, size), examples, texts, ["max_prob", "state", "classifier"])
+    criteria = {name: CRITERIA[name]() for name in ("max_prob", "state", "classifier")}
+    found = reliability(force(Numbers(model, size), examples, texts, criteria))
     confidences, agrees = by_hand(model, texts)
     for name, layers in confidences.items():
         assert list(found[name]) == ["1", "3", "5"]
         for layer, values in layers.items():
-            bins = found[name][str(layer)]
-            assert sum(one["count"] for one in bins) == len(values) == 3 + 4 + 5 + 6
-            expected = _bins(np.array(values), np.array(agrees[layer], dtype=float))
-            assert [one["count"] for one in bins] == [one["count"] for one in expected]
-            for one, other in zip(bins, expected):
+            those = found[name][str(layer)]
+            assert sum(one["count"] for one in those) == len(values) == 3 + 4 + 5 + 6
+            expected = bins(np.array(values), np.array(agrees[layer], dtype=float))
+            assert [one["count"] for one in those] == [one["count"] for one in expected]
+            for one, other in zip(those, expected):
                 assert one["confidence"] == pytest.approx(other["confidence"], abs=1e-5)
                 assert one["agreement"] == other["agreement"]
     assert 0 < np.mean(agrees[5]) < 1 and NUM_LAYERS == 6
 
 
 def test_bins_by_hand():
-    found = _bins(np.array([0.0, 0.05, 0.95, 1.0, 0.55]), np.array([0, 1, 1, 1, 0]))
+    found = bins(np.array([0.0, 0.05, 0.95, 1.0, 0.55]), np.array([0, 1, 1, 1, 0]))
     assert [one["count"] for one in found] == [2, 1, 2]
     assert [one["confidence"] for one in found] == pytest.approx([0.025, 0.55, 0.975])
     assert [one["agreement"] for one in found] == [0.5, 0.0, 1.0]

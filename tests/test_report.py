@@ -27,7 +27,8 @@ from tests.results import NUM_LAYERS, make_results
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 HEADINGS = ("What is promised", "Quality against time", "Quality against layers", "Is confidence worth its name?")
-HEADINGS += ("Latency and throughput", "Texts, token by token", "Three open questions", "All cells", "How it was made")
+HEADINGS += ("How far is each criterion from what is possible?", "Latency and throughput", "Texts, token by token")
+HEADINGS += ("Three open questions", "All cells", "How it was made")
 
 
 @pytest.fixture(scope="module")
@@ -82,9 +83,9 @@ def test_every_figure_is_written_and_shows_something(written):
 
 
 def test_what_was_not_measured_is_said(tmp_path):
-    bare = make_results(certificate=None, sizes=(4,), curves={}) | {"reliability": {}, "examples": []}
+    bare = make_results(certificate=None, sizes=(4,), curves={}) | {"reliability": {}, "oracle": None, "examples": []}
     paths = write_report(bare, tmp_path / "report.html")
-    assert paths == [tmp_path / "report.html"] and paths[0].read_text(encoding="utf-8").count("Not measured.") == 6
+    assert paths == [tmp_path / "report.html"] and paths[0].read_text(encoding="utf-8").count("Not measured.") == 7
 
 
 # --- the message ----------------------------------------------------------------------------------------------------
@@ -224,14 +225,15 @@ def test_numbers_look_alike():
 
 
 @pytest.mark.parametrize(
-    "without", (["reliability"], ["examples"], ["certificate", "commit", "started"], ["reliability", "examples"])
+    "without",
+    (["reliability"], ["oracle"], ["examples"], ["certificate", "commit", "started"], ["reliability", "examples"]),
 )
 def test_a_page_without_some_sections(without):
     results = {name: value for name, value in make_results(sizes=(1,)).items() if name not in without}
     page = page_of(results)
     assert all(heading in page.words for heading in HEADINGS) and page.open == []
     missing = {name for name, draw in FIGURES.items() if draw(results) is None}
-    assert missing == {"reliability"} & set(without)
+    assert missing == {"reliability", "oracle"} & set(without)
 
 
 def test_a_page_of_one_rule_and_one_input_each_third():

@@ -1,0 +1,137 @@
+"""Answers for what every exit says of texts that are forced on it: who agrees with full depth, and how sure it is.
+
+Teacher forcing: every layer runs for every token, nobody leaves, and keys and values are those of full depth, not
+projected from parked states as in a text with exits. One pass over the inputs; what it is read for (`reliability.py`,
+`oracle.py`, `oracle_curves.py`) is not known here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from tqdm import tqdm
+
+from hf_earlyexit.data import Example
+from hf_earlyexit.labelled import IGNORED, LabelledExits
+from hf_earlyexit.policies import ExitCriterion
+from hf_earlyexit.writing import Text, Writer
+
+
+@dataclass(frozen=True)
+class ForcedTokens:
+    """The tokens of forced texts at every exit point. N tokens in the order of the texts, E exit points.
+
+    A choice is `argmax` of the logits in the model's own dtype, as in greedy search: of equal logits, which half
+    precisions have often, the lowest id. Full depth's is that of this pass, so that all layers were rounded alike.
+
+    Attributes:
+        layers: The exit points, as counts of layers run, ascending.
+        num_layers: Of the decoder.
+        agrees: `[N, E]`, whether the exit's first choice is full depth's.
+        confidences: By name of the criterion `[N, E]`, fp64.
+        tied: `[N]`, whether full depth's two best logits are equal, so that the id decided.
+        rewritten: `[N]`, whether full depth chooses another token here than the text has: one that was a near tie
+            when it was written step by step, or that a logits processor or a beam preferred.
+    """
+
+    layers: tuple[int, ...]
+    num_layers: int
+    agrees: torch.Tensor
+    confidences: dict[str, torch.Tensor]
+    tied: torch.Tensor
+    rewritten: torch.Tensor
+
+    def asked_at(self, layers: Sequence[int]) -> ForcedTokens:
+        """The same where only some of the exit points are there."""
+        columns = [self.layers.index(layer) for layer in layers]
+        confidences = {name: values[:, columns] for name, values in self.confidences.items()}
+        return replace(self, layers=tuple(layers), agrees=self.agrees[:, columns], confidences=confidences)
+
+
+class AskExits:
+    """As an `exit_objective`: what exits and criteria say of every labelled token, as `ForcedTokens`.
+
+    Args:
+        criteria: By name. None with `candidates`: those are chosen token by token as layers are walked.
+
+    Raises:
+        ValueError: A criterion has candidates.
+    """
+
+    def __init__(self, criteria: Mapping[str, ExitCriterion]):
+        for name, criterion in criteria.items():
+            if getattr(criterion, "candidates", None) is not None:
+                raise ValueError(
+                    f"The criterion {name!r} has candidates={criterion.candidates}, which forced texts do not go "
+                    "with: ask the whole vocabulary, `candidates=None`."
+                )
+        self.criteria = dict(criteria)
+
+    def __call__(self, exits: LabelledExits) -> ForcedTokens:
+        last = exits.logits(exits.num_layers)
+        best = last.topk(2, dim=-1).values
+        agrees, confidences = [], {name: [] for name in self.criteria}
+        for layer in exits.layers:
+            point = exits.exit_point(layer)
+            for name, criterion in self.criteria.items():
+                confidences[name].append(criterion.confidence(point).double().cpu())
+            agrees.append((point.logits.argmax(dim=-1) == exits.full_depth_choices).cpu())
+        count = len(exits.labels)
+        return ForcedTokens(
+            layers=exits.layers,
+            num_layers=exits.num_layers,
+            agrees=_columns(agrees, count).bool(),
+            confidences={name: _columns(values, count) for name, values in confidences.items()},
+            tied=(best[:, 0] == best[:, 1]).cpu(),
+            rewritten=(exits.full_depth_choices != exits.labels).cpu(),
+        )
+
+
+def _columns(values: Sequence[torch.Tensor], count: int) -> torch.Tensor:
+    """`[count, E]`, also of a model without exit points."""
+    return torch.stack(list(values), dim=1) if values else torch.zeros(count, 0, dtype=torch.float64)
+
+
+@torch.no_grad()
+def force(
+    writer: Writer, examples: Sequence[Example], texts: Sequence[Text], criteria: Mapping[str, ExitCriterion]
+) -> ForcedTokens:
+    """Force texts on a model, batch by batch.
+
+    Args:
+        writer: Of the model, in eval mode.
+        examples: The inputs.
+        texts: What is forced, one for each input; as a rule, what full depth writes.
+        criteria: Who is asked, by name.
+
+    Raises:
+        ValueError: There is no input, or a criterion has candidates.
+    """
+    if not examples or len(texts) != len(examples):
+        raise ValueError(f"`texts` must have one for each input, of which there is at least one: got {len(texts)}.")
+    ask, found, start = AskExits(criteria), [], 0
+    for batch in tqdm(writer.batches(examples), desc="forcing", unit="batch", leave=False):
+        inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+        tokens = [text.tokens for text in texts[start : start + len(inputs["input_ids"])]]
+        start += len(tokens)
+        found.append(writer.model(**inputs, labels=_labels(tokens).to(writer.model.device), exit_objective=ask).loss)
+    return join(found)
+
+
+def _labels(tokens: Sequence[Sequence[int]]) -> torch.Tensor:
+    """`[batch, longest]`, with no label where a text has ended."""
+    longest = max(map(len, tokens))
+    return torch.tensor([[*row, *[IGNORED] * (longest - len(row))] for row in tokens])
+
+
+def join(parts: Sequence[ForcedTokens]) -> ForcedTokens:
+    """The tokens of several batches, at least one, as those of one."""
+    return replace(
+        parts[0],
+        agrees=torch.cat([part.agrees for part in parts]),
+        confidences={name: torch.cat([part.confidences[name] for part in parts]) for name in parts[0].confidences},
+        tied=torch.cat([part.tied for part in parts]),
+        rewritten=torch.cat([part.rewritten for part in parts]),
+    )
