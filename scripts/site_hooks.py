@@ -12,6 +12,7 @@ from posixpath import dirname, normpath, relpath
 
 from latex2mathml.converter import convert
 from mkdocs.structure.files import File, Files
+from pymdownx.superfences import SuperFencesException
 
 
 PAGES = {
@@ -32,8 +33,16 @@ def on_config(config):
 
 
 def formula(source: str, *_, **__) -> str:
-    """LaTeX as MathML, which browsers draw without a script."""
-    return f'<div class="formula">{convert(source, display="block")}</div>'
+    """LaTeX as MathML, which browsers draw without a script.
+
+    Raises:
+        SuperFencesException: It has a command that is not known, which the converter would write out. Others would be
+            swallowed, and the source shown.
+    """
+    drawn = convert(source, display="block")
+    if "\\" in drawn:
+        raise SuperFencesException(f"Not all of this formula can be drawn, a command is unknown: {source!r}")
+    return f'<div class="formula">{drawn}</div>'
 
 
 def on_files(files: Files, config) -> Files:

@@ -37,11 +37,12 @@ NOT_RUN = {
     "docs/how-to/prepare-and-compile.md": ["compiles for about a minute"],
     "docs/training.md": ["needs a Hub download; how-to/train-exits.md runs the same on a few inputs"],
 }
-# What pages name although it is not there yet.
+# What names on pages may begin with although it is not there yet.
 COMING = (
     "hf_earlyexit.shortcuts",
-    "hf_earlyexit.shortcuts.fit_shortcuts",
     "hf_earlyexit.lora",
+    "hf_earlyexit.accuracy_fit",
+    "hf_earlyexit.oracle",
     "scripts/fit_shortcuts.py",
 )
 # What variables of these names are in blocks that are not run.
@@ -232,7 +233,7 @@ def test_scripts_of_the_pages_are_read():
 @pytest.mark.parametrize("page", PAGES, ids=named)
 def test_names_in_code_exist(page):
     """Modules and what is in them, files, verbs: what looks like one in the running text is one."""
-    assert [name for name in page.inline_code if name not in COMING and not exists(name)] == []
+    assert [name for name in page.inline_code if not name.startswith(COMING) and not exists(name)] == []
 
 
 def exists(name: str) -> bool:
@@ -278,7 +279,8 @@ def test_everything_that_can_be_chosen_has_a_line():
 def test_the_site_builds(tmp_path):
     """In strict mode, so that a link or an anchor that is not there fails; pages ask for nothing from elsewhere."""
     pytest.importorskip("mkdocs")
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path)]
+    # Not `--quiet`, with which warnings are not counted.
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
     built = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert built.returncode == 0, built.stderr[-3000:]
     pages = {path.relative_to(tmp_path).as_posix(): path.read_text() for path in tmp_path.rglob("*.html")}
