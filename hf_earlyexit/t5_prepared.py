@@ -24,6 +24,10 @@ from hf_earlyexit.rows import Rows
 from hf_earlyexit.t5 import T5Decoder
 
 
+# Whose hooks stay on the blocks for good once hidden states were asked for, as training does.
+RECORDERS = "transformers.utils.output_capturing"
+
+
 class PreparedLayer:
     """One decoder layer's weights."""
 
@@ -239,13 +243,14 @@ def refuse_unless_plain(model: nn.Module) -> None:
 
 
 def refuse_hooks(model: nn.Module) -> None:
-    """See that no hooks would be passed by.
+    """See that no hooks would be passed by, but for the library's, which only record hidden states where asked to.
 
     Raises:
         ValueError: Some would; the message names the module.
     """
     for name, module in (("lm_head", model.lm_head), *model.decoder.named_modules(prefix="decoder")):
-        if module._forward_hooks or module._forward_pre_hooks or hasattr(module, "_hf_hook"):
+        hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+        if any(getattr(hook, "__module__", None) != RECORDERS for hook in hooks) or hasattr(module, "_hf_hook"):
             raise ValueError(f"`prepare_for_generation` would not call the hooks of `{name}`: remove them.")
 
 

@@ -216,6 +216,15 @@ def test_hooks_that_come_later_drop_it_with_a_warning(monkeypatch):
     assert seen and not model.is_prepared
 
 
+def test_the_librarys_recorders_are_no_hooks_that_matter():
+    """They stay once hidden states were asked for."""
+    _, model = tiny_pair("tied", 0)
+    ids = tiny_inputs(2)["input_ids"]
+    model(input_ids=ids, decoder_input_ids=ids, output_hidden_states=True)
+    assert model.decoder.block[0]._forward_hooks
+    assert model.prepare_for_generation().is_prepared
+
+
 def test_under_autocast(packs_all):
     """Attention is half there, and what is packed stays as it is."""
     _, model = prepared_pair(dtype=torch.float32)
