@@ -100,16 +100,16 @@ class EarlyExitGenerationMixin(CertifiedMixin, PreparedMixin):
 
         Args:
             early_exit: False: every token runs all layers, whatever else is set.
-            exit_criterion: `"softmax"`, `"max_prob"`, `"entropy"`, `"state"`, `"classifier"`, `"fixed"`, or an object
-                with `confidence(point) -> [rows]` (see `hf_earlyexit.policies`).
+            exit_criterion: `"softmax"`, `"max_prob"`, `"entropy"`, `"state"`, `"classifier"`, `"patience"`, `"fixed"`,
+                or an object with `confidence(point) -> [rows]` (see `hf_earlyexit.policies`).
             exit_threshold: A token leaves when its confidence is at least this. In [0, 1]; None: never.
             exit_schedule: `"constant"`, `"calm"` (the paper's decay), `"calm_released"` (its code's), or
                 `{"name": ..., "tau": ...}`.
             exit_layer: With `"fixed"`, the layer that every token leaves after.
             exit_layers: Of the model's exit points, those that are asked in this call; all if not given.
-            exit_candidates: With `"softmax"`, `"max_prob"` and `"entropy"`: only so many tokens are scored after a
-                token's first exit point, its likeliest ones there. It leaves only if the full vocabulary head, asked
-                where they are sure, says the same token.
+            exit_candidates: With `"softmax"`, `"max_prob"`, `"entropy"` and `"patience"`: only so many tokens are
+                scored after a token's first exit point, its likeliest ones there. It leaves only if the full
+                vocabulary head, asked where they are sure, says the same token.
             batch_exit: `"row"`: every row leaves at its own layer. `"batch"`: all where the last row has passed.
                 `"batch_joint"`: all where all pass.
             fill: `"lazy"`: keys and values of skipped layers are projected when first needed. `"eager"`: at once.

@@ -183,7 +183,7 @@ def exit_point(
 
     positions = [cache.lengths[row] for row in rows]
     states, classify = (hidden[:, 0], previous[:, 0]), decoder.exit_probability
-    return ExitPoint(layer, rows.indices, positions, *states, score, classify, score_some, run.shortlist)
+    return ExitPoint(layer, rows.indices, positions, *states, score, classify, score_some, run.shortlist, run.streaks)
 
 
 def depart(point: ExitPoint, rows: Rows, leaving: list[int]) -> list[Departure]:

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from hf_earlyexit.data import Example
 from hf_earlyexit.labelled import IGNORED, LabelledExits
+from hf_earlyexit.patience import Streaks
 from hf_earlyexit.policies import CRITERIA, ExitPoint
 from hf_earlyexit.writing import Text, Writer
 
@@ -36,9 +37,10 @@ class ConfidencesOf:
 
     def __call__(self, exits: LabelledExits) -> dict[int, dict[str, torch.Tensor]]:
         """By layer: `[N]` confidences by criterion, and as `"agrees"` whether it says what the last layer does."""
-        return {layer: self._at(exits, layer) for layer in exits.layers}
+        streaks = Streaks()  # all exit points of the model are asked, in order
+        return {layer: self._at(exits, layer, streaks) for layer in exits.layers}
 
-    def _at(self, exits: LabelledExits, layer: int) -> dict[str, torch.Tensor]:
+    def _at(self, exits: LabelledExits, layer: int, streaks: Streaks) -> dict[str, torch.Tensor]:
         count = len(exits.labels)
         score, classify = exits.logits, lambda layer: exits.exit_logits(layer).sigmoid()
         point = ExitPoint(
@@ -49,6 +51,7 @@ class ConfidencesOf:
             exits.hidden(layer - 1),
             lambda layer, hidden: score(layer),
             lambda layer, hidden: classify(layer),
+            streaks=streaks,
         )
         said = {name: criterion.confidence(point).float() for name, criterion in self.criteria.items()}
         return {**said, "agrees": point.logits.argmax(dim=-1) == exits.full_depth_choices}

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from transformers import StoppingCriteriaList
 
+from hf_earlyexit.patience import Streaks
 from hf_earlyexit.policies import BATCH_RULES, ExitPoint, Shortlist
 from hf_earlyexit.rows import Rows
 from hf_earlyexit.settings import ExitSettings
@@ -56,6 +57,7 @@ class ExitRun:
 
     Attributes:
         shortlist: The candidates of the rows for the token of this step.
+        streaks: What the rows have said of it so far, and how often in a row.
     """
 
     def __init__(
@@ -94,7 +96,7 @@ class ExitRun:
                 self._live = Rows([row for row in self._live if not finished[row]], self.batch_size, self.device)
         self.steps.append(StepRecord([0] * self.batch_size, [float("nan")] * self.batch_size))
         self._has_passed = set()
-        self.shortlist = Shortlist()
+        self.shortlist, self.streaks = Shortlist(), Streaks()
         return self._live
 
     def leavers(self, point: ExitPoint) -> list[int]:
