@@ -101,7 +101,8 @@ class EarlyExitGenerationMixin(CertifiedMixin, PreparedMixin):
         Args:
             early_exit: False: every token runs all layers, whatever else is set.
             exit_criterion: `"softmax"`, `"max_prob"`, `"entropy"`, `"state"`, `"classifier"`, `"patience"`, `"fixed"`,
-                or an object with `confidence(point) -> [rows]` (see `hf_earlyexit.policies`).
+                an object with `confidence(point) -> [rows]` (see `hf_earlyexit.policies`), or the plain values of an
+                `ExitAccuracy` (its `to_dict()`), which can be stored.
             exit_threshold: A token leaves when its confidence is at least this. In [0, 1]; None: never.
             exit_schedule: `"constant"`, `"calm"` (the paper's decay), `"calm_released"` (its code's), or
                 `{"name": ..., "tau": ...}`.
@@ -300,12 +301,13 @@ class EarlyExitGenerationMixin(CertifiedMixin, PreparedMixin):
         Raises:
             ValueError: `generation_config` has a criterion or schedule that is an object, which no file can hold.
         """
-        for name, kinds in (("exit_criterion", (str,)), ("exit_schedule", (str, dict))):
+        for name in ("exit_criterion", "exit_schedule"):
             value = getattr(self.generation_config, name, None)
-            if value is not None and not isinstance(value, kinds):
+            if value is not None and not isinstance(value, (str, dict)):
+                values = "its `to_dict()`" if hasattr(value, "to_dict") else "a name or None"
                 raise ValueError(
-                    f"`generation_config.{name}` is an object, {value!r}, which cannot be saved: set it to a name or "
-                    "None, and pass the object to `generate`."
+                    f"`generation_config.{name}` is an object, {value!r}, which cannot be saved: set it to {values}, "
+                    "and pass the object to `generate`."
                 )
         super().save_pretrained(*args, **kwargs)
 

@@ -58,8 +58,8 @@ class ExitPoint:
         previous: `[rows, hidden]`, the output of the block below; the embeddings at layer 1.
 
     It is made with functions of a layer and its hidden states: `score` gives `[rows, vocabulary]`, `classify` gives
-    `[rows]`, `score_some` `[rows, candidates]` of token ids. Without a `shortlist` and `streaks` it is the first point of
-    its rows.
+    `[rows]`, `score_some` `[rows, candidates]` of token ids. Without a `shortlist` and `streaks` it is the first point
+    of its rows.
     """
 
     def __init__(

@@ -22,6 +22,7 @@ from hf_earlyexit.writing import Text, Writer
 
 
 BINS = 10
+AGREES = "agrees"
 Bins = list[dict[str, float]]
 
 
@@ -30,15 +31,17 @@ class ConfidencesOf:
 
     Args:
         criteria: Their names.
+        exit_layers: The exit points that are asked; all of the model if None.
     """
 
-    def __init__(self, criteria: Sequence[str]):
+    def __init__(self, criteria: Sequence[str], exit_layers: Sequence[int] | None = None):
         self.criteria = {name: CRITERIA[name]() for name in criteria}
+        self.exit_layers = exit_layers
 
     def __call__(self, exits: LabelledExits) -> dict[int, dict[str, torch.Tensor]]:
         """By layer: `[N]` confidences by criterion, and as `"agrees"` whether it says what the last layer does."""
-        streaks = Streaks()  # all exit points of the model are asked, in order
-        return {layer: self._at(exits, layer, streaks) for layer in exits.layers}
+        layers, streaks = exits.layers if self.exit_layers is None else self.exit_layers, Streaks()
+        return {layer: self._at(exits, layer, streaks) for layer in layers}
 
     def _at(self, exits: LabelledExits, layer: int, streaks: Streaks) -> dict[str, torch.Tensor]:
         count = len(exits.labels)
@@ -53,11 +56,10 @@ class ConfidencesOf:
             lambda layer, hidden: classify(layer),
             streaks=streaks,
         )
-        said = {name: criterion.confidence(point).float() for name, criterion in self.criteria.items()}
-        return {**said, "agrees": point.logits.argmax(dim=-1) == exits.full_depth_choices}
+        said = {name: criterion.confidence(point) for name, criterion in self.criteria.items()}
+        return {**said, AGREES: point.logits.argmax(dim=-1) == exits.full_depth_choices}
 
 
-@torch.no_grad()
 def reliability(
     writer: Writer, examples: Sequence[Example], full_depth: Sequence[Text], criteria: Sequence[str]
 ) -> dict[str, dict[str, Bins]]:
@@ -69,7 +71,26 @@ def reliability(
         full_depth: What full depth writes for them.
         criteria: Names; `"fixed"` has no confidence to speak of.
     """
-    ask, found, start = ConfidencesOf(criteria), [], 0
+    said = forced_confidences(writer, examples, full_depth, criteria)
+    return {name: {str(layer): _bins(one[name], one[AGREES]) for layer, one in said.items()} for name in criteria}
+
+
+@torch.no_grad()
+def forced_confidences(
+    writer: Writer,
+    examples: Sequence[Example],
+    full_depth: Sequence[Text],
+    criteria: Sequence[str],
+    exit_layers: Sequence[int] | None = None,
+) -> dict[int, dict[str, NDArray]]:
+    """By exit layer: `[tokens]` of all texts, in order, confidences by criterion, and as `"agrees"` whether the exit's
+    first choice is the last layer's, 0 or 1.
+
+    Args:
+        writer, examples, full_depth, criteria: As for `reliability`.
+        exit_layers: The exit points that are asked; all of the model if None.
+    """
+    ask, found, start = ConfidencesOf(criteria, exit_layers), [], 0
     for batch in tqdm(writer.batches(examples), desc="reliability", unit="batch", leave=False):
         inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
         texts = full_depth[start : start + len(inputs["input_ids"])]
@@ -77,10 +98,7 @@ def reliability(
         labels = _labels([text.tokens for text in texts]).to(writer.model.device)
         found.append(writer.model(**inputs, labels=labels, exit_objective=ask).loss)
     layers = found[0] if found else {}
-    return {
-        name: {str(layer): _bins(_joined(found, layer, name), _joined(found, layer, "agrees")) for layer in layers}
-        for name in criteria
-    }
+    return {layer: {name: _joined(found, layer, name) for name in (*criteria, AGREES)} for layer in layers}
 
 
 def _labels(tokens: Sequence[Sequence[int]]) -> torch.Tensor:

@@ -12,6 +12,7 @@ from typing import Any
 
 from transformers import GenerationConfig
 
+from hf_earlyexit.accuracy_thresholds import ExitAccuracy
 from hf_earlyexit.cache import FILLS
 from hf_earlyexit.config import EarlyExitConfig, check_exit_layers, is_integer, is_number
 from hf_earlyexit.policies import BATCH_RULES, CRITERIA, SCHEDULES, WITH_CANDIDATES, ExitCriterion
@@ -26,7 +27,8 @@ class ExitSettings:
 
     Attributes:
         early_exit: Whether tokens may leave early.
-        exit_criterion: A name of `CRITERIA`, or an object with `confidence(point)`.
+        exit_criterion: A name of `CRITERIA`, an object with `confidence(point)`, or the plain values of an
+            `ExitAccuracy`, with which it can be stored.
         exit_threshold: The confidence from which a token leaves, in [0, 1].
         exit_schedule: A name of `SCHEDULES`, `{"name": ..., "tau": ...}`, or an object with
             `threshold_at(token, max_new_tokens)`, which then has the threshold in it.
@@ -40,7 +42,7 @@ class ExitSettings:
     """
 
     early_exit: bool = False
-    exit_criterion: str | ExitCriterion | None = None
+    exit_criterion: str | dict[str, Any] | ExitCriterion | None = None
     exit_threshold: float | None = None
     exit_schedule: Any = "constant"
     exit_layer: int | None = None
@@ -84,7 +86,12 @@ class ExitSettings:
         for name in ("early_exit", "strict_certificate"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"`{name}` must be True or False, got {getattr(self, name)!r}.")
-        _check_choice("exit_criterion", self.exit_criterion, CRITERIA, "confidence", "one with `confidence(point)`")
+        if isinstance(self.exit_criterion, dict):
+            ExitAccuracy.from_dict(self.exit_criterion)
+        else:
+            _check_choice(
+                "exit_criterion", self.exit_criterion, CRITERIA, "confidence", "one with `confidence(point)`"
+            )
         self._check_schedule()
         _check_choice("batch_exit", self.batch_exit, BATCH_RULES)
         _check_choice("fill", self.fill, FILLS)
@@ -169,7 +176,11 @@ class ExitSettings:
                 f"`exit_layers={list(self.exit_layers)}` has {foreign}, which are no exit points of this model: it "
                 f"has {list(config.exit_layers)}. Load it with `early_exit=EarlyExitConfig(exit_layers=...)` for more."
             )
-        if self.exit_criterion == "classifier":
+        criterion = self.exit_criterion if isinstance(self.exit_criterion, str) else self.criterion
+        if isinstance(criterion, ExitAccuracy):
+            criterion.check_exit_points(sorted(self.exit_points(config, num_layers)))
+            criterion = criterion.criterion
+        if criterion == "classifier":
             if config.classifier is None:
                 raise ValueError(
                     'This model has no exit classifiers, so `exit_criterion="classifier"` cannot work: load it with '
@@ -194,6 +205,8 @@ class ExitSettings:
     @property
     def criterion(self) -> ExitCriterion:
         """The criterion as an object."""
+        if isinstance(self.exit_criterion, dict):
+            return ExitAccuracy.from_dict(self.exit_criterion)
         if not isinstance(self.exit_criterion, str):
             return self.exit_criterion
         arguments = {"fixed": {"exit_layer": self.exit_layer}}
