@@ -202,9 +202,7 @@ def fit_accuracy(
         ValueError: Something is not as said, or an exit has fewer than `least_tokens`.
     """
     if set(confidences) != set(agrees):
-        raise ValueError(
-            f"`confidences` has the layers {sorted(confidences)} and `agrees` {sorted(agrees)}: give both."
-        )
+        raise ValueError(f"`confidences` has layers {sorted(confidences)} and `agrees` {sorted(agrees)}: give both.")
     for name, value in (("least_tokens", least_tokens), ("levels", levels)):
         if not (name == "levels" and value is None) and (not is_integer(value) or value < 1):
             raise ValueError(f"`{name}` must be a whole number from 1 on, got {value!r}.")

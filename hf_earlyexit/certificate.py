@@ -104,6 +104,14 @@ class Certificate:
         """What `generation` says besides exits, in the words of a generation config."""
         return {name: value for name, value in self.generation.items() if hasattr(GenerationConfig(), name)}
 
+    @property
+    def thresholds(self) -> tuple[float, ...]:
+        """Those of the certified setting's curve that were shown to keep the target together with it, descending: the
+        promise holds with any of them in place of its own. None if nothing is certified."""
+        own = next((row["curve"] for row in self.table if self.certified and row["name"] == self.name), None)
+        found = {row["threshold"] for row in self.table if row["accepted"] and row["curve"] == own}
+        return tuple(sorted(found, reverse=True)) if own is not None else ()
+
     def unseen(self, examples: Iterable[Example]) -> list[Example]:
         """Those that the setting was neither chosen nor tested on."""
         known = {*self.split["hashes"]["select"], *self.split["hashes"]["calibrate"]}
@@ -167,6 +175,8 @@ class Certificate:
             conditions: Of the call, as `call_conditions` gives them.
         """
         found, expected = plain({**conditions, **_short(versions())}), {**self.generation, **_short(self.versions)}
+        if found.get("exit_threshold") in self.thresholds:
+            expected["exit_threshold"] = found["exit_threshold"]
         return [
             f"{name}={_shown(found.get(name))} (certified: {_shown(expected.get(name))})"
             for name in sorted({*found, *expected})

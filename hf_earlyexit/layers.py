@@ -93,7 +93,9 @@ def decode_step(decoder: Decoder, ids: torch.Tensor, cache: EarlyExitCache, run:
     if ids.shape[1] > 1:
         run_prompt(decoder, ids[:, :-1], cache, run, rows)
     departures = run_layers(decoder, decoder.embed(ids[:, -1:], rows), cache, run, rows)
-    return gather_logits(decoder, departures, run)
+    logits = gather_logits(decoder, departures, run)
+    run.see_logits(logits)
+    return logits
 
 
 def run_layers(

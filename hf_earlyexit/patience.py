@@ -54,7 +54,7 @@ class Streaks:
 @dataclass(frozen=True)
 class Patience:
     """One minus 1 over the number of exit points in a row that have made the same first choice, this one included
-    (PABEE, "BERT loses patience", arXiv 2006.04152, section 3.2).
+    (PABEE, "BERT loses patience", arXiv 2006.04152).
 
     0 where a token is first asked or has changed its mind, 1/2 at the second exit point that says the same, 2/3 at the
     third, and so on. PABEE leaves where `patience` exits in a row have confirmed the one before; that is the threshold

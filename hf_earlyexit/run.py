@@ -135,6 +135,9 @@ class ExitRun:
         """Rows that the stopping criteria have ended, `[batch]`; they run nothing any more."""
         self._finished = finished if self._finished is None else self._finished | finished
 
+    def see_logits(self, logits: torch.Tensor) -> None:
+        """What the step has come to, `[batch, 1, vocabulary]`; of no interest to a run that is not watched."""
+
     # --- the result -------------------------------------------------------------------------------------------------
 
     def layers_run(self) -> torch.Tensor:
@@ -144,6 +147,10 @@ class ExitRun:
     def exit_confidences(self) -> torch.Tensor:
         """`[batch, steps]`, fp32; NaN where the row did not leave early."""
         return torch.tensor([step.confidences for step in self.steps]).reshape(-1, self.batch_size).T
+
+    def per_token(self) -> dict[str, torch.Tensor]:
+        """What is reported of each token, `[batch, steps, ...]` by name."""
+        return {"layers_run": self.layers_run(), "exit_confidences": self.exit_confidences()}
 
     def work_by_layer(self) -> dict[str, torch.Tensor]:
         """The counts as tensors: `layer_rows` and `filled_positions [L]`, `head_rows` and `candidate_rows [L + 1]`."""

@@ -39,6 +39,7 @@ class ExitSettings:
         batch_exit: A name of `BATCH_RULES`.
         fill: `"lazy"` or `"eager"` (see `EarlyExitCache`).
         strict_certificate: Whether a call that the model's certificate does not cover is refused.
+        record_exits: Whether all that exits say is recorded; without early exit they are asked all the same.
     """
 
     early_exit: bool = False
@@ -51,6 +52,7 @@ class ExitSettings:
     batch_exit: str = "row"
     fill: str = "lazy"
     strict_certificate: bool = False
+    record_exits: bool = False
 
     @classmethod
     def names(cls) -> list[str]:
@@ -83,7 +85,7 @@ class ExitSettings:
         return settings
 
     def _check_values(self) -> None:
-        for name in ("early_exit", "strict_certificate"):
+        for name in ("early_exit", "strict_certificate", "record_exits"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"`{name}` must be True or False, got {getattr(self, name)!r}.")
         if isinstance(self.exit_criterion, dict):
@@ -128,6 +130,11 @@ class ExitSettings:
                 f'`exit_layers={list(self.exit_layers)}` does not go with `exit_criterion="fixed"`, which asks at its '
                 "`exit_layer` alone: leave it out."
             )
+        if self.record_exits and self.exit_criterion in (None, "fixed"):
+            raise ValueError(
+                f"`record_exits=True` needs an `exit_criterion` that has a confidence, got {self.exit_criterion!r}: "
+                f"name one of {[name for name in CRITERIA if name != 'fixed']}."
+            )
         if not self.early_exit:
             return
         if self.exit_criterion is None:
@@ -158,7 +165,7 @@ class ExitSettings:
         Raises:
             ValueError: The model has no such exit point, no trained classifier, or fewer tokens than candidates.
         """
-        if not self.early_exit:
+        if not self.asks:
             return
         if vocabulary is not None and (self.exit_candidates or 0) > vocabulary:
             raise ValueError(
@@ -196,11 +203,16 @@ class ExitSettings:
 
     def exit_points(self, config: EarlyExitConfig, num_layers: int) -> Collection[int]:
         """The layers at which this call asks."""
-        if not self.early_exit:
+        if not self.asks:
             return frozenset()
         if self.exit_criterion == "fixed":
             return frozenset({self.exit_layer} - {num_layers})
         return frozenset(config.exit_layers if self.exit_layers is None else self.exit_layers)
+
+    @property
+    def asks(self) -> bool:
+        """Whether anyone is asked: to leave, or for the record."""
+        return self.early_exit or self.record_exits
 
     @property
     def criterion(self) -> ExitCriterion:

@@ -146,6 +146,7 @@ def test_patience_counts_the_exits_that_will_be_asked():
     model, tokenizer = load_default()
     options = {"generation": {"max_new_tokens": 8}, "least_tokens": 1, "exit_layers": [2, 6]}
     found = fit_exit_accuracy(model, tokenizer, default_examples()[:4], "patience", **options)
+    assert found.layers == [2, 6]
     assert set(found.tables[0].confidences) == {0.0} and set(found.tables[1].confidences) <= {0.0, 0.5}
 
 
