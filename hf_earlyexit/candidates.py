@@ -52,12 +52,15 @@ def static_decoders(exit_layers: Sequence[int]) -> list[Candidate]:
     return [Candidate(STATIC, layer, {"exit_criterion": "fixed", "exit_layer": layer}) for layer in exit_layers]
 
 
-def curve_candidates(curve: str, thresholds: Sequence[float], **keywords: Any) -> list[Candidate]:
+def curve_candidates(
+    curve: str, thresholds: Sequence[float], criteria: Mapping[str, dict[str, Any]] | None = None, **keywords: Any
+) -> list[Candidate]:
     """The points of a curve from the most conservative to the most eager.
 
     Args:
         curve: `softmax`, or `softmax:2,4` for some exit points only.
         thresholds: In whatever order. They must differ in their first six digits, which are in the names.
+        criteria: Names for criteria of plain values (see `ExitAccuracy.to_dict`), which curves may then be of.
         keywords: Further exit settings of all of them, such as `exit_schedule` and `batch_exit`; `exit_candidates` is
             for the criteria that have candidates and left out elsewhere.
 
@@ -73,7 +76,7 @@ def curve_candidates(curve: str, thresholds: Sequence[float], **keywords: Any) -
         raise ValueError(f"The curve {curve!r} must be a criterion, or one and exit points: softmax:2,4,6.") from error
     if criterion not in WITH_CANDIDATES:
         keywords.pop("exit_candidates", None)
-    settings = {"exit_criterion": criterion, **asked, **keywords}
+    settings = {"exit_criterion": (criteria or {}).get(criterion, criterion), **asked, **keywords}
     found = [
         Candidate(curve, threshold, {**settings, "exit_threshold": threshold})
         for threshold in sorted(set(thresholds), reverse=True)

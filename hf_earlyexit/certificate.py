@@ -7,6 +7,7 @@ is come by, which is `model_calibration.py`, nor of how `generate` works.
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 import math
 from collections.abc import Collection, Iterable, Mapping
@@ -17,6 +18,7 @@ from typing import Any
 
 from transformers import GenerationConfig, PreTrainedModel
 
+from hf_earlyexit.accuracy_thresholds import ExitAccuracy
 from hf_earlyexit.data import Example, short_hash
 from hf_earlyexit.policies import SCHEDULES
 from hf_earlyexit.settings import CERTIFICATE, ExitSettings
@@ -24,6 +26,7 @@ from hf_earlyexit.settings import CERTIFICATE, ExitSettings
 
 FILE = "exit_certificate.json"
 FORMAT = 1
+LONGEST_SHOWN = 200  # characters of a value in a message
 PACKAGES = ("transformers", "torch")
 # What in a generation config leaves the texts alone: what is returned, how the cache lies in memory, padding. Exit
 # settings are compared by themselves, and assistants are refused with early exit.
@@ -101,6 +104,14 @@ class Certificate:
         """What `generation` says besides exits, in the words of a generation config."""
         return {name: value for name, value in self.generation.items() if hasattr(GenerationConfig(), name)}
 
+    @property
+    def thresholds(self) -> tuple[float, ...]:
+        """Those of the certified setting's curve that were shown to keep the target together with it, descending: the
+        promise holds with any of them in place of its own. None if nothing is certified."""
+        own = next((row["curve"] for row in self.table if self.certified and row["name"] == self.name), None)
+        found = {row["threshold"] for row in self.table if row["accepted"] and row["curve"] == own}
+        return tuple(sorted(found, reverse=True)) if own is not None else ()
+
     def unseen(self, examples: Iterable[Example]) -> list[Example]:
         """Those that the setting was neither chosen nor tested on."""
         known = {*self.split["hashes"]["select"], *self.split["hashes"]["calibrate"]}
@@ -164,11 +175,21 @@ class Certificate:
             conditions: Of the call, as `call_conditions` gives them.
         """
         found, expected = plain({**conditions, **_short(versions())}), {**self.generation, **_short(self.versions)}
+        if found.get("exit_threshold") in self.thresholds:
+            expected["exit_threshold"] = found["exit_threshold"]
         return [
-            f"{name}={found.get(name)!r} (certified: {expected.get(name)!r})"
+            f"{name}={_shown(found.get(name))} (certified: {_shown(expected.get(name))})"
             for name in sorted({*found, *expected})
             if found.get(name) != expected.get(name)
         ]
+
+
+def _shown(value: Any) -> str:
+    """What is too long to read with a hash, so that two of them differ."""
+    text = repr(value)
+    if len(text) <= LONGEST_SHOWN:
+        return text
+    return f"{text[:LONGEST_SHOWN]}... (sha256 {hashlib.sha256(text.encode()).hexdigest()[:8]})"
 
 
 def confidence(delta: float) -> str:
@@ -196,7 +217,7 @@ def call_conditions(
     """
     rows_wait = settings.batch_exit != "row"
     exits = {
-        "exit_criterion": settings.exit_criterion,
+        "exit_criterion": _as_values(settings.exit_criterion),
         "exit_threshold": None if settings.exit_criterion == "fixed" else settings.exit_threshold,
         "exit_schedule": _spelled_out(settings.schedule),
         "exit_points": sorted(points),
@@ -206,6 +227,12 @@ def call_conditions(
     }
     place = {"dtype": str(model.dtype).removeprefix("torch."), "device": model.device.type}
     return plain({**exits, **decoding_of(config), **place})
+
+
+def _as_values(criterion: Any) -> Any:
+    """An object that can be stored as the plain values it would be stored with; anything else as it is."""
+    can_be_stored = isinstance(criterion, ExitAccuracy) and isinstance(criterion.criterion, str)
+    return criterion.to_dict() if can_be_stored else criterion
 
 
 def _spelled_out(schedule: Any) -> Any:

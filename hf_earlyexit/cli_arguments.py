@@ -57,7 +57,7 @@ def add_exit_settings(parser, criterion: str, threshold: str, layers: str) -> No
         "--exit-criterion",
         "--criterion",
         metavar="NAME",
-        help=f"softmax, max_prob, entropy, state, classifier or fixed ({criterion})",
+        help=f"softmax, max_prob, entropy, state, classifier, patience or fixed ({criterion})",
     )
     parser.add_argument(
         "--exit-threshold",
@@ -74,7 +74,7 @@ def add_exit_settings(parser, criterion: str, threshold: str, layers: str) -> No
         "--exit-candidates",
         type=positive,
         metavar="N",
-        help="with softmax, max_prob or entropy: tokens scored after the first exit point (the vocabulary)",
+        help="with softmax, max_prob, entropy or patience: tokens scored after the first exit point (the vocabulary)",
     )
     parser.add_argument("--batch-exit", metavar="RULE", help="row, batch or batch_joint (row)")
     parser.add_argument("--fill", metavar="WHEN", help="keys and values of skipped layers: lazy or eager (lazy)")

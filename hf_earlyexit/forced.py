@@ -15,7 +15,8 @@ from tqdm import tqdm
 
 from hf_earlyexit.data import Example
 from hf_earlyexit.labelled import IGNORED, LabelledExits
-from hf_earlyexit.policies import ExitCriterion
+from hf_earlyexit.patience import Streaks
+from hf_earlyexit.policies import CRITERIA, ExitCriterion
 from hf_earlyexit.writing import Text, Writer
 
 
@@ -29,7 +30,8 @@ class ForcedTokens:
     Attributes:
         layers: The exit points, as counts of layers run, ascending.
         num_layers: Of the decoder.
-        agrees: `[N, E]`, whether the exit's first choice is full depth's.
+        choices: `[N, E]`, the exit's first choice, an id.
+        agrees: `[N, E]`, whether that is full depth's.
         confidences: By name of the criterion `[N, E]`, fp64.
         tied: `[N]`, whether full depth's two best logits are equal, so that the id decided.
         rewritten: `[N]`, whether full depth chooses another token here than the text has: one that was a near tie
@@ -38,6 +40,7 @@ class ForcedTokens:
 
     layers: tuple[int, ...]
     num_layers: int
+    choices: torch.Tensor
     agrees: torch.Tensor
     confidences: dict[str, torch.Tensor]
     tied: torch.Tensor
@@ -46,8 +49,13 @@ class ForcedTokens:
     def asked_at(self, layers: Sequence[int]) -> ForcedTokens:
         """The same where only some of the exit points are there."""
         columns = [self.layers.index(layer) for layer in layers]
+        choices = self.choices[:, columns]
         confidences = {name: values[:, columns] for name, values in self.confidences.items()}
-        return replace(self, layers=tuple(layers), agrees=self.agrees[:, columns], confidences=confidences)
+        for name in confidences:
+            if replay := getattr(CRITERIA.get(name), "replay", None):
+                confidences[name] = replay(choices)
+        agrees = self.agrees[:, columns]
+        return replace(self, layers=tuple(layers), choices=choices, agrees=agrees, confidences=confidences)
 
 
 class AskExits:
@@ -55,12 +63,13 @@ class AskExits:
 
     Args:
         criteria: By name. None with `candidates`: those are chosen token by token as layers are walked.
+        exit_layers: The exit points that are asked, ascending; all of the model if None.
 
     Raises:
         ValueError: A criterion has candidates.
     """
 
-    def __init__(self, criteria: Mapping[str, ExitCriterion]):
+    def __init__(self, criteria: Mapping[str, ExitCriterion], exit_layers: Sequence[int] | None = None):
         for name, criterion in criteria.items():
             if getattr(criterion, "candidates", None) is not None:
                 raise ValueError(
@@ -68,21 +77,24 @@ class AskExits:
                     "with: ask the whole vocabulary, `candidates=None`."
                 )
         self.criteria = dict(criteria)
+        self.exit_layers = None if exit_layers is None else tuple(exit_layers)
 
     def __call__(self, exits: LabelledExits) -> ForcedTokens:
         last = exits.logits(exits.num_layers)
         best = last.topk(2, dim=-1).values
-        agrees, confidences = [], {name: [] for name in self.criteria}
-        for layer in exits.layers:
-            point = exits.exit_point(layer)
+        choices, confidences, streaks = [], {name: [] for name in self.criteria}, Streaks()
+        for layer in exits.layers if self.exit_layers is None else self.exit_layers:
+            point = exits.exit_point(layer, streaks)
             for name, criterion in self.criteria.items():
                 confidences[name].append(criterion.confidence(point).double().cpu())
-            agrees.append((point.logits.argmax(dim=-1) == exits.full_depth_choices).cpu())
+            choices.append(point.first_choices().cpu())
         count = len(exits.labels)
+        chosen = _columns(choices, count).long()
         return ForcedTokens(
-            layers=exits.layers,
+            layers=exits.layers if self.exit_layers is None else self.exit_layers,
             num_layers=exits.num_layers,
-            agrees=_columns(agrees, count).bool(),
+            choices=chosen,
+            agrees=chosen == exits.full_depth_choices.cpu()[:, None],
             confidences={name: _columns(values, count) for name, values in confidences.items()},
             tied=(best[:, 0] == best[:, 1]).cpu(),
             rewritten=(exits.full_depth_choices != exits.labels).cpu(),
@@ -96,7 +108,11 @@ def _columns(values: Sequence[torch.Tensor], count: int) -> torch.Tensor:
 
 @torch.no_grad()
 def force(
-    writer: Writer, examples: Sequence[Example], texts: Sequence[Text], criteria: Mapping[str, ExitCriterion]
+    writer: Writer,
+    examples: Sequence[Example],
+    texts: Sequence[Text],
+    criteria: Mapping[str, ExitCriterion],
+    exit_layers: Sequence[int] | None = None,
 ) -> ForcedTokens:
     """Force texts on a model, batch by batch.
 
@@ -105,13 +121,14 @@ def force(
         examples: The inputs.
         texts: What is forced, one for each input; as a rule, what full depth writes.
         criteria: Who is asked, by name.
+        exit_layers: Where, ascending; at all exit points of the model if None.
 
     Raises:
         ValueError: There is no input, or a criterion has candidates.
     """
     if not examples or len(texts) != len(examples):
         raise ValueError(f"`texts` must have one for each input, of which there is at least one: got {len(texts)}.")
-    ask, found, start = AskExits(criteria), [], 0
+    ask, found, start = AskExits(criteria, exit_layers), [], 0
     for batch in tqdm(writer.batches(examples), desc="forcing", unit="batch", leave=False):
         inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
         tokens = [text.tokens for text in texts[start : start + len(inputs["input_ids"])]]
@@ -130,6 +147,7 @@ def join(parts: Sequence[ForcedTokens]) -> ForcedTokens:
     """The tokens of several batches, at least one, as those of one."""
     return replace(
         parts[0],
+        choices=torch.cat([part.choices for part in parts]),
         agrees=torch.cat([part.agrees for part in parts]),
         confidences={name: torch.cat([part.confidences[name] for part in parts]) for name in parts[0].confidences},
         tied=torch.cat([part.tied for part in parts]),

@@ -36,6 +36,7 @@ from hf_earlyexit.prepared import PreparedMixin
 from hf_earlyexit.refusals import around_the_hooks, not_supported, refuse
 from hf_earlyexit.run import ExitRun, RecordingStoppingCriteria
 from hf_earlyexit.settings import ExitSettings
+from hf_earlyexit.watched_run import WatchedRun
 
 
 _NOT_GIVEN: Any = object()
@@ -54,6 +55,10 @@ class EarlyExitGenerateOutput(GenerateEncoderDecoderOutput):
         head_rows: `[L + 1]`, rows that met the vocabulary head after each layer; entry 0 is always 0.
         candidate_rows: `[L + 1]`, rows of the head's weights that were scored after each layer besides: rows of the
             batch x their candidates (`exit_candidates`). A row of `head_rows` scores the whole vocabulary.
+        asked_confidences: With `record_exits`: `[batch, T, L - 1]`, what the token was told after each layer; NaN
+            where it was not asked.
+        asked_agreements: With `record_exits`, likewise, of tokens that ran all layers: whether the layer's first
+            choice was the last one's, 1 or 0. NaN of tokens that left: what full depth would have said is not known.
     """
 
     layers_run: torch.LongTensor | None = None
@@ -62,11 +67,13 @@ class EarlyExitGenerateOutput(GenerateEncoderDecoderOutput):
     filled_positions: torch.LongTensor | None = None
     head_rows: torch.LongTensor | None = None
     candidate_rows: torch.LongTensor | None = None
+    asked_confidences: torch.FloatTensor | None = None
+    asked_agreements: torch.FloatTensor | None = None
 
 
 @dataclass
 class EarlyExitGenerateBeamOutput(GenerateBeamEncoderDecoderOutput):
-    """`EarlyExitGenerateOutput` of beams: `layers_run` and `exit_confidences` follow the winning hypotheses."""
+    """`EarlyExitGenerateOutput` of beams: what is said of tokens follows the winning hypotheses."""
 
     layers_run: torch.LongTensor | None = None
     exit_confidences: torch.FloatTensor | None = None
@@ -74,6 +81,8 @@ class EarlyExitGenerateBeamOutput(GenerateBeamEncoderDecoderOutput):
     filled_positions: torch.LongTensor | None = None
     head_rows: torch.LongTensor | None = None
     candidate_rows: torch.LongTensor | None = None
+    asked_confidences: torch.FloatTensor | None = None
+    asked_agreements: torch.FloatTensor | None = None
 
 
 class EarlyExitGenerationMixin(CertifiedMixin, PreparedMixin):
@@ -92,6 +101,7 @@ class EarlyExitGenerationMixin(CertifiedMixin, PreparedMixin):
         batch_exit: str | None = None,
         fill: str | None = None,
         strict_certificate: bool | None = None,
+        record_exits: bool | None = None,
         **kwargs,
     ):
         """Generate as the library does, each token leaving the decoder as soon as the criterion is sure.
@@ -100,20 +110,23 @@ class EarlyExitGenerationMixin(CertifiedMixin, PreparedMixin):
 
         Args:
             early_exit: False: every token runs all layers, whatever else is set.
-            exit_criterion: `"softmax"`, `"max_prob"`, `"entropy"`, `"state"`, `"classifier"`, `"fixed"`, or an object
-                with `confidence(point) -> [rows]` (see `hf_earlyexit.policies`).
+            exit_criterion: `"softmax"`, `"max_prob"`, `"entropy"`, `"state"`, `"classifier"`, `"patience"`, `"fixed"`,
+                an object with `confidence(point) -> [rows]` (see `hf_earlyexit.policies`), or the plain values of an
+                `ExitAccuracy` (its `to_dict()`), which can be stored.
             exit_threshold: A token leaves when its confidence is at least this. In [0, 1]; None: never.
             exit_schedule: `"constant"`, `"calm"` (the paper's decay), `"calm_released"` (its code's), or
                 `{"name": ..., "tau": ...}`.
             exit_layer: With `"fixed"`, the layer that every token leaves after.
             exit_layers: Of the model's exit points, those that are asked in this call; all if not given.
-            exit_candidates: With `"softmax"`, `"max_prob"` and `"entropy"`: only so many tokens are scored after a
-                token's first exit point, its likeliest ones there. It leaves only if the full vocabulary head, asked
-                where they are sure, says the same token.
+            exit_candidates: With `"softmax"`, `"max_prob"`, `"entropy"` and `"patience"`: only so many tokens are
+                scored after a token's first exit point, its likeliest ones there. It leaves only if the full
+                vocabulary head, asked where they are sure, says the same token.
             batch_exit: `"row"`: every row leaves at its own layer. `"batch"`: all where the last row has passed.
                 `"batch_joint"`: all where all pass.
             fill: `"lazy"`: keys and values of skipped layers are projected when first needed. `"eager"`: at once.
             strict_certificate: True: what the model's certificate does not cover is refused. Else it warns, once.
+            record_exits: True: what every exit says of every token, and whether full depth agreed, is in the output.
+                With `exit_threshold=None` exits are asked and nobody leaves. Each exit then meets the vocabulary head.
             args, kwargs: As for the library's `generate`.
 
         Returns:
@@ -133,6 +146,7 @@ class EarlyExitGenerationMixin(CertifiedMixin, PreparedMixin):
             "batch_exit": batch_exit,
             "fill": fill,
             "strict_certificate": strict_certificate,
+            "record_exits": record_exits,
         }
         given = {name: value for name, value in given.items() if value is not None}
         if exit_threshold is not _NOT_GIVEN:
@@ -143,7 +157,7 @@ class EarlyExitGenerationMixin(CertifiedMixin, PreparedMixin):
         num_layers, vocabulary = self.decoder_adapter.shape(self).num_layers, self.config.vocab_size
         settings.check_against(self.early_exit, num_layers, vocabulary)
         if problems := around_the_hooks(call):
-            if settings.early_exit:
+            if settings.asks:
                 refuse(problems)
             return super().generate(*args, **kwargs)
         self._hold_to_certificate(settings, call)
@@ -209,7 +223,7 @@ class EarlyExitGenerationMixin(CertifiedMixin, PreparedMixin):
         generation_config, model_kwargs = super()._prepare_generation_config(generation_config, **kwargs)
         if settings is not None:
             problems = not_supported(self, generation_config, model_kwargs)
-            if settings.early_exit:
+            if settings.asks:
                 refuse(problems)
             generation_config._exit_settings = None if problems else settings
             if not problems:
@@ -222,7 +236,7 @@ class EarlyExitGenerationMixin(CertifiedMixin, PreparedMixin):
             compiling = CompileOptions.of(generation_config, self.device)
             generation_config._exit_copy = self._copy_for_call(needed=compiling is not None)
         except ValueError:
-            if settings.early_exit:
+            if settings.asks:
                 raise
             compiling = generation_config._exit_settings = None
         generation_config._exit_compiling = compiling
@@ -244,7 +258,7 @@ class EarlyExitGenerationMixin(CertifiedMixin, PreparedMixin):
         model_kwargs["exit_decoder"] = self._new_decoder(
             generation_config._exit_copy, cache, masks, generation_config._exit_compiling
         )
-        model_kwargs["exit_run"] = generation_config._exit_run = ExitRun(
+        model_kwargs["exit_run"] = generation_config._exit_run = (WatchedRun if settings.record_exits else ExitRun)(
             settings,
             settings.exit_points(self.early_exit, cache.num_layers),
             num_layers=cache.num_layers,
@@ -300,12 +314,13 @@ class EarlyExitGenerationMixin(CertifiedMixin, PreparedMixin):
         Raises:
             ValueError: `generation_config` has a criterion or schedule that is an object, which no file can hold.
         """
-        for name, kinds in (("exit_criterion", (str,)), ("exit_schedule", (str, dict))):
+        for name in ("exit_criterion", "exit_schedule"):
             value = getattr(self.generation_config, name, None)
-            if value is not None and not isinstance(value, kinds):
+            if value is not None and not isinstance(value, (str, dict)):
+                values = "its `to_dict()`" if hasattr(value, "to_dict") else "a name or None"
                 raise ValueError(
-                    f"`generation_config.{name}` is an object, {value!r}, which cannot be saved: set it to a name or "
-                    "None, and pass the object to `generate`."
+                    f"`generation_config.{name}` is an object, {value!r}, which cannot be saved: set it to {values}, "
+                    "and pass the object to `generate`."
                 )
         super().save_pretrained(*args, **kwargs)
 
@@ -349,13 +364,17 @@ def _with_exits(output, run: ExitRun | None):
     """The library's output with what the run has recorded; plain sequences and calls without a run as they are."""
     if run is None or isinstance(output, torch.Tensor):
         return output
-    layers, confidences = run.layers_run(), run.exit_confidences()
     if isinstance(output, GenerateBeamEncoderDecoderOutput):
         cls, chosen = EarlyExitGenerateBeamOutput, output.beam_indices.cpu().long()
-        step = torch.arange(chosen.shape[1])
-        layers = layers[chosen, step].masked_fill(chosen < 0, 0)
-        confidences = confidences[chosen, step].masked_fill(chosen < 0, float("nan"))
+        said = {name: _of_beams(tensor, chosen) for name, tensor in run.per_token().items()}
     else:
         cls, new_tokens = EarlyExitGenerateOutput, output.sequences.shape[1] - run.prompt_length
-        layers, confidences = layers[:, :new_tokens], confidences[:, :new_tokens]
-    return cls(**output, layers_run=layers, exit_confidences=confidences, **run.work_by_layer())
+        said = {name: tensor[:, :new_tokens] for name, tensor in run.per_token().items()}
+    return cls(**output, **said, **run.work_by_layer())
+
+
+def _of_beams(tensor: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
+    """What was reported of rows `[batch x beams, steps, ...]`, along beams `[hypotheses, steps]`; -1 is no beam."""
+    found = tensor[chosen, torch.arange(chosen.shape[1])]
+    found[chosen < 0] = float("nan") if found.is_floating_point() else 0
+    return found

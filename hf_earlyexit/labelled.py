@@ -10,6 +10,7 @@ from functools import cached_property
 
 import torch
 
+from hf_earlyexit.patience import Streaks
 from hf_earlyexit.policies import ExitPoint
 
 
@@ -94,8 +95,12 @@ class LabelledExits:
         """`[N]`, whether that is what the last layer would write."""
         return self.choices(layer) == self.full_depth_choices
 
-    def exit_point(self, layer: int) -> ExitPoint:
-        """What a criterion may look at after `layer`, as in `generate`; each of the N tokens is a row of its own."""
+    def exit_point(self, layer: int, streaks: Streaks | None = None) -> ExitPoint:
+        """What a criterion may look at after `layer`, as in `generate`; each of the N tokens is a row of its own.
+
+        Args:
+            streaks: Of the exit points asked before, in ascending order; None: this is the first one.
+        """
         return ExitPoint(
             layer,
             list(range(len(self.labels))),
@@ -104,6 +109,7 @@ class LabelledExits:
             self.hidden(layer - 1),
             self._score,
             lambda layer, hidden: self._classify(layer, hidden).sigmoid(),
+            streaks=streaks,
         )
 
     @cached_property

@@ -93,7 +93,9 @@ def decode_step(decoder: Decoder, ids: torch.Tensor, cache: EarlyExitCache, run:
     if ids.shape[1] > 1:
         run_prompt(decoder, ids[:, :-1], cache, run, rows)
     departures = run_layers(decoder, decoder.embed(ids[:, -1:], rows), cache, run, rows)
-    return gather_logits(decoder, departures, run)
+    logits = gather_logits(decoder, departures, run)
+    run.see_logits(logits)
+    return logits
 
 
 def run_layers(
@@ -183,7 +185,7 @@ def exit_point(
 
     positions = [cache.lengths[row] for row in rows]
     states, classify = (hidden[:, 0], previous[:, 0]), decoder.exit_probability
-    return ExitPoint(layer, rows.indices, positions, *states, score, classify, score_some, run.shortlist)
+    return ExitPoint(layer, rows.indices, positions, *states, score, classify, score_some, run.shortlist, run.streaks)
 
 
 def depart(point: ExitPoint, rows: Rows, leaving: list[int]) -> list[Departure]:

@@ -205,7 +205,8 @@ class _Calibrator:
     def _asked(self, examples: Sequence[Example]) -> dict[str, Any]:
         """What everything in the journal depends on."""
         shared = {name: value for name, value in self.conditions.items() if not name.startswith("exit_")}
-        return {
+        criteria = {"criteria": dict(self.search.criteria)} if self.search.criteria else {}
+        return criteria | {
             "built in": self.model.early_exit.to_dict(),
             "tokenizer": tokenizer_fingerprint(self.tokenizer),
             "versions": versions(),

@@ -14,6 +14,8 @@ from typing import Protocol
 
 import torch
 
+from hf_earlyexit.patience import Patience, Streaks
+
 
 class Shortlist:
     """The candidates of rows for one token: the best ones of the whole vocabulary where the rows are first asked.
@@ -56,7 +58,8 @@ class ExitPoint:
         previous: `[rows, hidden]`, the output of the block below; the embeddings at layer 1.
 
     It is made with functions of a layer and its hidden states: `score` gives `[rows, vocabulary]`, `classify` gives
-    `[rows]`, `score_some` `[rows, candidates]` of token ids. Without a `shortlist` it is the first point of its rows.
+    `[rows]`, `score_some` `[rows, candidates]` of token ids. Without a `shortlist` and `streaks` it is the first point
+    of its rows.
     """
 
     def __init__(
@@ -70,11 +73,13 @@ class ExitPoint:
         classify: Callable[[int, torch.Tensor], torch.Tensor],
         score_some: Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
         shortlist: Shortlist | None = None,
+        streaks: Streaks | None = None,
     ):
         self.layer, self.rows, self.positions = layer, rows, positions
         self.hidden, self.previous = hidden, previous
         self._score, self._classify, self._score_some = score, classify, score_some
-        self._shortlist = shortlist or Shortlist()
+        self._shortlist, self._streaks = shortlist or Shortlist(), streaks or Streaks()
+        self._streak: dict[int | None, torch.Tensor] = {}
         self._scores: dict[int, torch.Tensor] = {}
         self._judged: list[
             tuple[torch.Tensor, torch.Tensor]
@@ -111,6 +116,22 @@ class ExitPoint:
         logits = self._score_some(self.layer, self.hidden, ids)
         self._judged.append((ids, logits))
         return logits
+
+    def first_choices(self, candidates: int | None = None) -> torch.Tensor:
+        """`[rows]`, the ids of the likeliest tokens, or of the likeliest candidates."""
+        scores = self.scores(candidates)
+        best = scores.argmax(dim=-1)
+        if candidates is None or scores is self.scored:
+            return best
+        return self._shortlist.of(self.rows, candidates).gather(1, best[:, None])[:, 0]
+
+    def streak(self, candidates: int | None = None) -> torch.Tensor:
+        """`[rows]`, integers: how many exit points in a row, of those of this step that were looked at so, have made
+        the first choice that this one makes; it counts itself, once, however often it is looked at."""
+        if candidates not in self._streak:
+            choices = self.first_choices(candidates)
+            self._streak[candidates] = self._streaks.go_on(self.rows, choices, candidates)
+        return self._streak[candidates]
 
     def confirm(self, passed: list[bool]) -> list[bool]:
         """`passed`, without the rows whose best candidate is not what the whole vocabulary says.
@@ -246,6 +267,7 @@ CRITERIA: dict[str, type] = {
     "entropy": Entropy,
     "state": StateSimilarity,
     "classifier": ExitClassifier,
+    "patience": Patience,
     "fixed": FixedLayer,
 }
 WITH_CANDIDATES = tuple(name for name, kind in CRITERIA.items() if hasattr(kind, "candidates"))

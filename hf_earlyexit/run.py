@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from transformers import StoppingCriteriaList
 
+from hf_earlyexit.patience import Streaks
 from hf_earlyexit.policies import BATCH_RULES, ExitPoint, Shortlist
 from hf_earlyexit.rows import Rows
 from hf_earlyexit.settings import ExitSettings
@@ -56,6 +57,7 @@ class ExitRun:
 
     Attributes:
         shortlist: The candidates of the rows for the token of this step.
+        streaks: What the rows have said of it so far, and how often in a row.
     """
 
     def __init__(
@@ -94,7 +96,7 @@ class ExitRun:
                 self._live = Rows([row for row in self._live if not finished[row]], self.batch_size, self.device)
         self.steps.append(StepRecord([0] * self.batch_size, [float("nan")] * self.batch_size))
         self._has_passed = set()
-        self.shortlist = Shortlist()
+        self.shortlist, self.streaks = Shortlist(), Streaks()
         return self._live
 
     def leavers(self, point: ExitPoint) -> list[int]:
@@ -133,6 +135,9 @@ class ExitRun:
         """Rows that the stopping criteria have ended, `[batch]`; they run nothing any more."""
         self._finished = finished if self._finished is None else self._finished | finished
 
+    def see_logits(self, logits: torch.Tensor) -> None:
+        """What the step has come to, `[batch, 1, vocabulary]`; of no interest to a run that is not watched."""
+
     # --- the result -------------------------------------------------------------------------------------------------
 
     def layers_run(self) -> torch.Tensor:
@@ -142,6 +147,10 @@ class ExitRun:
     def exit_confidences(self) -> torch.Tensor:
         """`[batch, steps]`, fp32; NaN where the row did not leave early."""
         return torch.tensor([step.confidences for step in self.steps]).reshape(-1, self.batch_size).T
+
+    def per_token(self) -> dict[str, torch.Tensor]:
+        """What is reported of each token, `[batch, steps, ...]` by name."""
+        return {"layers_run": self.layers_run(), "exit_confidences": self.exit_confidences()}
 
     def work_by_layer(self) -> dict[str, torch.Tensor]:
         """The counts as tensors: `layer_rows` and `filled_positions [L]`, `head_rows` and `candidate_rows [L + 1]`."""

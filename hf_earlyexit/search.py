@@ -9,6 +9,7 @@ from typing import Any
 from hf_earlyexit.candidates import Candidate, check_candidates, curve_candidates, default_curves
 from hf_earlyexit.loss_table import LossTable
 from hf_earlyexit.models import EarlyExitT5ForConditionalGeneration
+from hf_earlyexit.policies import CRITERIA
 
 
 PARTS = ("select", "calibrate", "report")
@@ -32,6 +33,8 @@ class Search:
         rounds: Batches of `Use.batch_size` that each candidate is timed on.
         shares: Of the units, for the parts select, calibrate and report.
         writing_batch_size: Inputs at once where nothing is timed and rows do not wait for each other.
+        criteria: Names, of your choice, for criteria of plain values, such as `ExitAccuracy.to_dict()`; `curves` may
+            then have curves of these names. They must not have been fitted on these inputs.
     """
 
     curves: Mapping[str, Sequence[float]] | None = None
@@ -41,6 +44,7 @@ class Search:
     rounds: int = 31
     shares: Mapping[str, float] = field(default_factory=lambda: dict(zip(PARTS, (0.2, 0.4, 0.4))))
     writing_batch_size: int = 16
+    criteria: Mapping[str, dict[str, Any]] = field(default_factory=dict)
 
     def __post_init__(self):
         for name, known in (("cost", COSTS), ("order", ORDERS)):
@@ -53,6 +57,8 @@ class Search:
         for name, least in (("finalists", 1), ("rounds", 2), ("writing_batch_size", 1)):
             if not isinstance(getattr(self, name), int) or getattr(self, name) < least:
                 raise ValueError(f"`{name}` must be a whole number of at least {least}, got {getattr(self, name)!r}.")
+        if taken := sorted(set(self.criteria) & set(CRITERIA)):
+            raise ValueError(f"`criteria` has {taken[0]!r}, which is a criterion already: choose another name.")
         if tuple(self.shares) != PARTS or min(self.shares.values()) < 0 or sum(self.shares.values()) > 1 + 1e-9:
             raise ValueError(f"`shares` must be numbers for {list(PARTS)}, together at most 1, got {self.shares!r}.")
 
@@ -63,7 +69,11 @@ class Search:
             ValueError: One is not legal, the model lacks what it needs, or a setting of all goes with none of them.
         """
         curves = self.curves or default_curves(model.early_exit)
-        found = [one for curve, thresholds in curves.items() for one in curve_candidates(curve, thresholds, **exits)]
+        found = [
+            one
+            for curve, thresholds in curves.items()
+            for one in curve_candidates(curve, thresholds, self.criteria, **exits)
+        ]
         for name in set(exits) - {name for one in found for name in one.keywords}:
             raise ValueError(f"`{name}={exits[name]!r}` goes with none of the curves {list(curves)}: leave it out.")
         check_candidates(found, model.early_exit, model.config.num_decoder_layers, model.config.vocab_size)

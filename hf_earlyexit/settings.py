@@ -12,6 +12,7 @@ from typing import Any
 
 from transformers import GenerationConfig
 
+from hf_earlyexit.accuracy_thresholds import ExitAccuracy
 from hf_earlyexit.cache import FILLS
 from hf_earlyexit.config import EarlyExitConfig, check_exit_layers, is_integer, is_number
 from hf_earlyexit.policies import BATCH_RULES, CRITERIA, SCHEDULES, WITH_CANDIDATES, ExitCriterion
@@ -26,7 +27,8 @@ class ExitSettings:
 
     Attributes:
         early_exit: Whether tokens may leave early.
-        exit_criterion: A name of `CRITERIA`, or an object with `confidence(point)`.
+        exit_criterion: A name of `CRITERIA`, an object with `confidence(point)`, or the plain values of an
+            `ExitAccuracy`, with which it can be stored.
         exit_threshold: The confidence from which a token leaves, in [0, 1].
         exit_schedule: A name of `SCHEDULES`, `{"name": ..., "tau": ...}`, or an object with
             `threshold_at(token, max_new_tokens)`, which then has the threshold in it.
@@ -37,10 +39,11 @@ class ExitSettings:
         batch_exit: A name of `BATCH_RULES`.
         fill: `"lazy"` or `"eager"` (see `EarlyExitCache`).
         strict_certificate: Whether a call that the model's certificate does not cover is refused.
+        record_exits: Whether all that exits say is recorded; without early exit they are asked all the same.
     """
 
     early_exit: bool = False
-    exit_criterion: str | ExitCriterion | None = None
+    exit_criterion: str | dict[str, Any] | ExitCriterion | None = None
     exit_threshold: float | None = None
     exit_schedule: Any = "constant"
     exit_layer: int | None = None
@@ -49,6 +52,7 @@ class ExitSettings:
     batch_exit: str = "row"
     fill: str = "lazy"
     strict_certificate: bool = False
+    record_exits: bool = False
 
     @classmethod
     def names(cls) -> list[str]:
@@ -81,10 +85,15 @@ class ExitSettings:
         return settings
 
     def _check_values(self) -> None:
-        for name in ("early_exit", "strict_certificate"):
+        for name in ("early_exit", "strict_certificate", "record_exits"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"`{name}` must be True or False, got {getattr(self, name)!r}.")
-        _check_choice("exit_criterion", self.exit_criterion, CRITERIA, "confidence", "one with `confidence(point)`")
+        if isinstance(self.exit_criterion, dict):
+            ExitAccuracy.from_dict(self.exit_criterion)
+        else:
+            _check_choice(
+                "exit_criterion", self.exit_criterion, CRITERIA, "confidence", "one with `confidence(point)`"
+            )
         self._check_schedule()
         _check_choice("batch_exit", self.batch_exit, BATCH_RULES)
         _check_choice("fill", self.fill, FILLS)
@@ -121,6 +130,11 @@ class ExitSettings:
                 f'`exit_layers={list(self.exit_layers)}` does not go with `exit_criterion="fixed"`, which asks at its '
                 "`exit_layer` alone: leave it out."
             )
+        if self.record_exits and self.exit_criterion in (None, "fixed"):
+            raise ValueError(
+                f"`record_exits=True` needs an `exit_criterion` that has a confidence, got {self.exit_criterion!r}: "
+                f"name one of {[name for name in CRITERIA if name != 'fixed']}."
+            )
         if not self.early_exit:
             return
         if self.exit_criterion is None:
@@ -151,7 +165,7 @@ class ExitSettings:
         Raises:
             ValueError: The model has no such exit point, no trained classifier, or fewer tokens than candidates.
         """
-        if not self.early_exit:
+        if not self.asks:
             return
         if vocabulary is not None and (self.exit_candidates or 0) > vocabulary:
             raise ValueError(
@@ -169,7 +183,11 @@ class ExitSettings:
                 f"`exit_layers={list(self.exit_layers)}` has {foreign}, which are no exit points of this model: it "
                 f"has {list(config.exit_layers)}. Load it with `early_exit=EarlyExitConfig(exit_layers=...)` for more."
             )
-        if self.exit_criterion == "classifier":
+        criterion = self.exit_criterion if isinstance(self.exit_criterion, str) else self.criterion
+        if isinstance(criterion, ExitAccuracy):
+            criterion.check_exit_points(sorted(self.exit_points(config, num_layers)))
+            criterion = criterion.criterion
+        if criterion == "classifier":
             if config.classifier is None:
                 raise ValueError(
                     'This model has no exit classifiers, so `exit_criterion="classifier"` cannot work: load it with '
@@ -185,15 +203,22 @@ class ExitSettings:
 
     def exit_points(self, config: EarlyExitConfig, num_layers: int) -> Collection[int]:
         """The layers at which this call asks."""
-        if not self.early_exit:
+        if not self.asks:
             return frozenset()
         if self.exit_criterion == "fixed":
             return frozenset({self.exit_layer} - {num_layers})
         return frozenset(config.exit_layers if self.exit_layers is None else self.exit_layers)
 
     @property
+    def asks(self) -> bool:
+        """Whether anyone is asked: to leave, or for the record."""
+        return self.early_exit or self.record_exits
+
+    @property
     def criterion(self) -> ExitCriterion:
         """The criterion as an object."""
+        if isinstance(self.exit_criterion, dict):
+            return ExitAccuracy.from_dict(self.exit_criterion)
         if not isinstance(self.exit_criterion, str):
             return self.exit_criterion
         arguments = {"fixed": {"exit_layer": self.exit_layer}}

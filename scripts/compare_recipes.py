@@ -49,7 +49,7 @@ from hf_earlyexit.shortcuts import fit_shortcuts
 from hf_earlyexit.training import EarlyExitTrainer
 
 
-THRESHOLDS = (0.95, 0.8, 0.6, 0.4, 0.2, 0.0)
+THRESHOLDS = (0.9, 0.6, 0.3, 0.0)
 
 
 @dataclass

@@ -277,7 +277,7 @@ def work_is_what_ran(model, inputs, seed: int = 0, **kwargs):
     assert int(output.candidate_rows.sum()) == counts["candidates"][0] and output.candidate_rows[0] == 0
     if kwargs.get("num_beams", 1) == 1 and kwargs.get("exit_candidates") is None:
         left = [int((output.layers_run == layer).sum()) for layer in layers]
-        looks = kwargs.get("exit_criterion") in ("softmax", "max_prob", "entropy")
+        looks = kwargs.get("exit_criterion") in ("softmax", "max_prob", "entropy", "patience")
         asked = [*output.layer_rows.tolist()[:-1], left[-1]]
         assert output.head_rows.tolist()[1:] == (asked if looks else left)
     return output

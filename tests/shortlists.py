@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections import Counter
 from dataclasses import dataclass, field
+from fractions import Fraction
+from itertools import takewhile
 
 import torch
 
@@ -14,6 +16,11 @@ SURE = {
     "max_prob": lambda probabilities: probabilities.max(),
     "entropy": lambda probabilities: 1 - torch.special.entr(probabilities).sum() / math.log(len(probabilities)),
 }
+
+
+def length_of_the_last_run(said: list[int]) -> int:
+    """How many of the last ones are equal: 2 of 5, 5, 7, 5, 5."""
+    return len(list(takewhile(lambda choice: choice == said[-1], reversed(said))))
 
 
 @dataclass
@@ -38,16 +45,21 @@ def exits_by_candidates(
     """
     found, (first, *_), last = Exits(), scores, max(scores)
     candidates = {row: scores[first][row].topk(count).indices for row in rows}
-    staying, latched = list(rows), set()
+    staying, latched, said = list(rows), set(), {row: [] for row in rows}
     for layer in [layer for layer in scores if layer != last]:
         known, passed = set(), []
         for row in staying:
             full = scores[layer][row]
             seen = full if layer == first else full[candidates[row]]
-            sure = bool(SURE[criterion](seen.softmax(dim=-1)) >= threshold)
+            choice = int(seen.argmax() if layer == first else candidates[row][seen.argmax()])
+            said[row] = [*said[row], choice]
+            if criterion == "patience":
+                sure = 1 - Fraction(1, length_of_the_last_run(said[row])) >= threshold
+            else:
+                sure = bool(SURE[criterion](seen.softmax(dim=-1)) >= threshold)
             known |= {row} if layer == first or sure else set()
             found.candidates[layer] += 0 if layer == first else count
-            confirmed = layer == first or bool(candidates[row][seen.argmax()] == full.argmax())
+            confirmed = choice == int(full.argmax())
             found.refused += sure and not confirmed
             passed += [row] if sure and confirmed else []
         latched |= set(passed)

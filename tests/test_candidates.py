@@ -36,7 +36,13 @@ def test_names_and_keywords():
 
 def test_exit_candidates_are_for_criteria_that_have_them():
     shared = {"exit_candidates": 8, "batch_exit": "batch"}
-    for curve, has in (("softmax:2", True), ("entropy", True), ("max_prob", True), ("state:2", False)):
+    for curve, has in (
+        ("softmax:2", True),
+        ("entropy", True),
+        ("max_prob", True),
+        ("patience", True),
+        ("state:2", False),
+    ):
         (one,) = curve_candidates(curve, [0.5], **shared)
         assert one.keywords.get("exit_candidates") == (8 if has else None) and one.keywords["batch_exit"] == "batch"
     assert shared["exit_candidates"] == 8

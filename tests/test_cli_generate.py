@@ -150,6 +150,7 @@ def test_generate_counts_all_beams_as_work(lines, text_file):
         (["--exit-criterion", "fixed", "--exit-layer", "1"], {1}),
         (["--criterion", "softmax", "--threshold", "0", "--batch-exit", "batch", "--fill", "eager"], {1}),
         (["--criterion", "softmax", "--threshold", "0", "--exit-candidates", "8"], {1}),
+        (["--criterion", "patience", "--threshold", "0.5", "--exit-candidates", "8"], {2, 3}),
         (["--criterion", "softmax", "--threshold", "0", "--no-early-exit"], {3}),
         (["--criterion", "softmax", "--threshold", "0", "--exit-schedule", '{"name": "calm", "tau": 0}'], {3}),
     ),

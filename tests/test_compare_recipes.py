@@ -94,13 +94,13 @@ def test_at_least_six_recipes_that_train():
     assert len({repr(recipe) for recipe in RECIPES.values()}) == len(RECIPES)
 
 
-def run(folder: Path, *options: str) -> subprocess.CompletedProcess:
+def run(where: Path, *options: str) -> subprocess.CompletedProcess:
     budget = "--max_steps 2 --batch_size 4 --inputs 4 --rounds 2 --exit_layers 2 4 --max_target_tokens 6"
     data = "--train_file train.csv --validation_file validation.csv --output_dir compared --table table.md"
     command = [sys.executable, str(SCRIPTS / "compare_recipes.py"), "--model", "plain"]
     variables = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(SCRIPTS.parent)}
     command += [*budget.split(), *data.split(), *options]
-    return subprocess.run(command, capture_output=True, text=True, cwd=folder, env=variables)
+    return subprocess.run(command, capture_output=True, text=True, cwd=where, env=variables)
 
 
 def test_recipes_are_tried_once_under_one_budget(folder):  # noqa: F811

@@ -98,7 +98,7 @@ def test_scripts_follow_the_walk_without_compiling(rows, captured, all_rows):
         laws.assert_not_vacuous(output)
 
 
-@pytest.mark.parametrize("criterion, threshold", [("softmax", 0.08), ("state", 0.75)])
+@pytest.mark.parametrize("criterion, threshold", [("softmax", 0.08), ("state", 0.75), ("patience", 0.5)])
 @pytest.mark.parametrize("fill", ["lazy", "eager"])
 def test_criteria_follow_the_walk_without_compiling(criterion, threshold, fill, captured, all_rows):
     _, model = tiny_pair("untied", 1)

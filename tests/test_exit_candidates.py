@@ -19,7 +19,7 @@ from tests.watching import counting, watched_departures
 
 
 SEEDS = (0, 1, 2)
-THRESHOLDS = {"softmax": 0.3, "max_prob": 0.5, "entropy": 0.15}
+THRESHOLDS = {"softmax": 0.3, "max_prob": 0.5, "entropy": 0.15, "patience": 0.5}
 HEADS = EarlyExitConfig(heads=["shared", "norm", "shortcut", "linear", "mlp"])
 
 
@@ -41,7 +41,7 @@ def shaken(model):
 
 
 def test_criteria_with_candidates():
-    assert WITH_CANDIDATES == ("softmax", "max_prob", "entropy")
+    assert WITH_CANDIDATES == ("softmax", "max_prob", "entropy", "patience")
 
 
 @pytest.mark.parametrize("rule", BATCH_RULES)

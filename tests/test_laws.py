@@ -73,7 +73,7 @@ def test_batch_equals_rows_alone_under_scripts(family, batch_size):
         assert laws.longest_debt(output.layers_run, NUM_LAYERS) >= 2
 
 
-@pytest.mark.parametrize("criterion", ("softmax", "max_prob", "entropy", "state"))
+@pytest.mark.parametrize("criterion", ("softmax", "max_prob", "entropy", "state", "patience"))
 def test_batch_equals_rows_alone_under_criteria(criterion):
     depths = set()
     for seed in SEEDS:
@@ -125,7 +125,7 @@ def test_lazy_and_eager_follow_frozen_rows(family):
         assert eager.filled_positions.sum() > lazy.filled_positions.sum()
 
 
-@pytest.mark.parametrize("criterion", ("softmax", "max_prob", "entropy", "state"))
+@pytest.mark.parametrize("criterion", ("softmax", "max_prob", "entropy", "state", "patience"))
 def test_exits_of_a_criterion_replayed_follow_frozen_rows(criterion):
     depths = set()
     for seed in SEEDS:
@@ -190,7 +190,7 @@ def test_what_a_criterion_sees_is_what_the_stock_model_computes():
     assert set(seen) == {(position, layer) for position in range(5) for layer in range(1, NUM_LAYERS)}
 
 
-@pytest.mark.parametrize("criterion", ("softmax", "state", "fixed", "script", None))
+@pytest.mark.parametrize("criterion", ("softmax", "state", "patience", "fixed", "script", None))
 @pytest.mark.parametrize("fill", ("lazy", "eager"))
 def test_work_reported_is_work_executed(criterion, fill):
     _, model = tiny_pair("deeper decoder", 5)
@@ -198,6 +198,7 @@ def test_work_reported_is_work_executed(criterion, fill):
     kwargs = {
         "softmax": {"exit_criterion": "softmax", "exit_threshold": 0.2},
         "state": {"exit_criterion": "state", "exit_threshold": 0.8},
+        "patience": {"exit_criterion": "patience", "exit_threshold": 0.5},
         "fixed": {"exit_criterion": "fixed", "exit_layer": 2},
         "script": {"exit_criterion": Scripted(pseudo_random_script(5, NUM_LAYERS)), "exit_threshold": 0.5},
         None: {"early_exit": False},

@@ -237,7 +237,7 @@ def test_half_precision(dtype, family, tmp_path):
     cache = outputs[0].past_key_values
     assert cache.keys.dtype == dtype
     assert cache.parked.dtype == (torch.float32 if dtype == torch.float16 else dtype)
-    for criterion in ("softmax", "state", "entropy"):
+    for criterion in ("softmax", "state", "entropy", "patience"):
         laws.generate(model, inputs, exit_criterion=criterion, exit_threshold=0.3)
 
 

@@ -34,7 +34,7 @@ from tests.tiny import NUM_LAYERS, tiny_inputs, tiny_pair, unrest
 
 def made(agrees=AGREES, confidences=None, layers=(2, 4, 6), num_layers=8) -> ForcedTokens:
     never = torch.zeros(len(agrees)).bool()
-    return ForcedTokens(layers, num_layers, agrees, confidences or {}, never, never)
+    return ForcedTokens(layers, num_layers, agrees.long(), agrees, confidences or {}, never, never)
 
 
 def every_choice(agrees, layers, num_layers) -> dict[int, float]:

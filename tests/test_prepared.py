@@ -74,7 +74,7 @@ def test_scripts_follow_frozen_rows(family):
             assert laws.longest_debt(output.layers_run, NUM_LAYERS) >= 2
 
 
-@pytest.mark.parametrize("criterion, threshold", [("softmax", 0.08), ("state", 0.75)])
+@pytest.mark.parametrize("criterion, threshold", [("softmax", 0.08), ("state", 0.75), ("patience", 0.5)])
 def test_criteria_follow_frozen_rows(criterion, threshold):
     stock, model = prepared_pair(seed=1)
     output = laws.exits_replayed_follow_frozen_rows(stock, model, tiny_inputs(4, 1), criterion, threshold)

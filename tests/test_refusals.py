@@ -52,7 +52,7 @@ BAD_ARGUMENTS = [
     (ON | {"exit_candidates": 98}, "`exit_candidates=98` is more than the vocabulary of this model, 97: .*name fewer"),
     (
         {"exit_criterion": "state", "exit_threshold": 0.5, "exit_candidates": 8},
-        "`exit_candidates=8` goes with .*vocabulary head, one of \\['softmax', 'max_prob', 'entropy'\\], not 'state'",
+        "`exit_candidates=8` goes with .*head, one of \\['softmax', 'max_prob', 'entropy', 'patience'\\], not 'state'",
     ),
     (
         {"exit_criterion": "fixed", "exit_layer": 2, "exit_candidates": 8},
