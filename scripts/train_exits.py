@@ -40,6 +40,8 @@ from transformers.trainer_utils import get_last_checkpoint
 from hf_earlyexit import ClassifierConfig, EarlyExitConfig, EarlyExitT5ForConditionalGeneration
 from hf_earlyexit.config import CLASSIFIER_KINDS, HEAD_KINDS, early_exit_config
 from hf_earlyexit.data import group_by_input
+from hf_earlyexit.extras import require
+from hf_earlyexit.lora import add_lora, merge_lora
 from hf_earlyexit.objectives import OBJECTIVES, Objective
 from hf_earlyexit.objectives.layer_skip import CURRICULA, DROPOUT_SCHEDULES
 from hf_earlyexit.objectives.multi_exit import WEIGHTS
@@ -97,6 +99,9 @@ class ObjectiveArguments:
 class RunArguments:
     """The run itself."""
 
+    lora_rank: int | None = field(
+        default=None, metadata={"help": "train low-rank adapters of the blocks in place of their weights, then merge"}
+    )
     own_outputs: bool = field(
         default=False, metadata={"help": "in place of the targets, learn from what the model writes at full depth"}
     )
@@ -112,16 +117,19 @@ def main(argv: list[str] | None = None) -> None:
     model_args, objective_args, data_args, run_args, training = parser.parse_args_into_dataclasses(argv)
     try:
         objective = make_objective(objective_args)
+        check_lora(run_args.lora_rank, objective)
         check_data(data_args)
         config = exit_config(model_args, objective_args)
         train_pairs, validation_pairs = read_pairs(data_args)
-    except (ValueError, OSError) as error:  # the user's to mend, and nothing has been done yet
+    except (ValueError, OSError, ImportError) as error:  # the user's to mend, and nothing has been done yet
         print(f"{parser.prog}: error: {error} See --help.", file=sys.stderr)
         sys.exit(2)
     tokenizer = AutoTokenizer.from_pretrained(model_args.model)
     model = EarlyExitT5ForConditionalGeneration.from_pretrained(
         model_args.model, early_exit=config, dtype=torch.float32
     )
+    if run_args.lora_rank is not None:
+        add_lora(model, run_args.lora_rank)
     if training.generation_max_length is None and model.generation_config.max_new_tokens is None:
         training.generation_max_length = data_args.max_target_tokens
     training.predict_with_generate = True
@@ -143,6 +151,8 @@ def main(argv: list[str] | None = None) -> None:
         compute_metrics=RougeOfDistinctInputs(tokenizer, examples),
     )
     metrics = {"validation_inputs": len(examples), **train(trainer, run_args.resume)}
+    if run_args.lora_rank is not None:
+        merge_lora(model)
     save(trainer, finetuned_from=on_hub(model_args.model), dataset=on_hub(data_args.dataset))
     if trainer.is_world_process_zero():
         found = {name: None if math.isnan(value) else value for name, value in metrics.items()}
@@ -163,6 +173,17 @@ def make_objective(arguments: ObjectiveArguments) -> Objective:
     if foreign := sorted(set(asked) - own):
         raise ValueError(f"--{foreign[0]} does not go with --objective {arguments.objective}.")
     return kind(**({"balanced": False} if asked.pop("unbalanced", False) else {}), **asked)
+
+
+def check_lora(rank: int | None, objective: Objective) -> None:
+    """Refuse adapters that cannot be, or that nothing would move."""
+    if rank is None:
+        return
+    require("peft", "lora")
+    if rank < 1:
+        raise ValueError(f"--lora_rank must be a whole number from 1 on, got {rank}.")
+    if not objective.moves("decoder.block.0.layer.0.SelfAttention.q.lora_A.default.weight"):
+        raise ValueError("--lora_rank does not go with this --objective, which moves no block of the model.")
 
 
 def exit_config(arguments: ModelArguments, objective: ObjectiveArguments) -> EarlyExitConfig:

@@ -11,10 +11,20 @@ from pathlib import Path
 import pytest
 import torch
 from huggingface_hub import ModelCard
-from transformers import AutoTokenizer, T5ForConditionalGeneration
+from transformers import AutoTokenizer, HfArgumentParser, T5ForConditionalGeneration
 
 from hf_earlyexit import EarlyExitConfig, EarlyExitT5ForConditionalGeneration
 from hf_earlyexit.default import CHECKPOINT
+from hf_earlyexit.objectives import (
+    ExitClassifiers,
+    GeometricClassifiers,
+    LayerSkip,
+    MultiExit,
+    RelaxedClassifiers,
+    SelfDistillation,
+    ShallowDeep,
+    SortedDepths,
+)
 from tests import hub_stub
 from tests.test_data import write
 from tests.tiny import NUM_LAYERS, tiny_config
@@ -157,8 +167,76 @@ def test_a_second_run_keeps_the_classifiers_it_is_not_told_to_change(first_stage
 
 
 @pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ("--weights uniform --last_again --distillation 0.5", MultiExit("uniform", True, 0.5)),
+        (
+            "--objective layer_skip --e_scale 0.2 --curriculum gradual --max_layer_dropout 0.1",
+            LayerSkip(0.2, "gradual", max_layer_dropout=0.1),
+        ),
+        ("--objective sorted --depths 2 4", SortedDepths((2, 4))),
+        ("--objective shallow_deep --shallow 2 --alpha 0 --alignment last", ShallowDeep(2, 0.0, "last")),
+        ("--objective self_distillation --towards kl", SelfDistillation("kl")),
+        ("--objective classifiers --unbalanced --classifier mlp", ExitClassifiers(balanced=False)),
+        ("--objective geometric_classifiers --classifier_per_layer", GeometricClassifiers()),
+        ("--objective relaxed_classifiers --top_k 3", RelaxedClassifiers(3)),
+    ],
+)
+def test_every_objective_and_its_options_from_the_shell(options, expected):
+    sys.path.insert(0, str(SCRIPT.parent))
+    from train_exits import ObjectiveArguments, make_objective
+
+    arguments = HfArgumentParser(ObjectiveArguments).parse_args_into_dataclasses(options.split())[0]
+    assert make_objective(arguments) == expected
+
+
+def test_options_of_another_objective_are_refused():
+    sys.path.insert(0, str(SCRIPT.parent))
+    from train_exits import ObjectiveArguments, make_objective
+
+    for values, foreign in (
+        ({"objective": "sorted", "alpha": 0.0}, "alpha"),
+        ({"objective": "geometric_classifiers", "unbalanced": True}, "unbalanced"),
+        ({"objective": "layer_skip", "classifier": "mlp"}, "classifier"),
+    ):
+        with pytest.raises(ValueError, match=f"--{foreign} does not go with --objective {values['objective']}"):
+            make_objective(ObjectiveArguments(**values))
+
+
+def test_heads_learn_from_what_the_model_writes(folder):
+    """No target is read: with others, the heads are the same; full depth stays what it was."""
+    options = (
+        "--model plain --output_dir {} --exit_layers 2 4 --heads linear --objective self_distillation --own_outputs"
+    )
+    other = [{**row, "highlights": "home"} for row in articles(12)]
+    write(folder / "other.jsonl", other)
+    found = []
+    for name, train in (("first", "train.csv"), ("second", "other.jsonl")):
+        files = ["--train_file", train, "--validation_file", "validation.csv"]
+        found.append(result(run(folder, *options.format(name).split(), *files))["metrics"])
+    assert found[0]["after_exit_2_loss"] == found[1]["after_exit_2_loss"] != found[0]["before_exit_2_loss"]
+    assert found[0]["after_loss"] == found[0]["before_loss"]
+
+
+def test_adapters_are_merged_before_saving(folder):
+    options = "--model plain --dataset cnn_dailymail --output_dir adapted --exit_layers 2 4 --heads norm --lora_rank 2"
+    metrics = result(run(folder, *options.split()))["metrics"]
+    plain, adapted = (T5ForConditionalGeneration.from_pretrained(folder / name) for name in ("plain", "adapted"))
+    moved = {
+        name for name, weight in plain.state_dict().items() if not torch.equal(weight, adapted.state_dict()[name])
+    }
+    assert moved and all(".block." in name for name in moved), "embeddings and norms rest"
+    assert metrics["before_loss"] != metrics["after_loss"]
+
+
+@pytest.mark.parametrize(
     ("options", "message"),
     [
+        ("--model plain --output_dir x --dataset cnn_dailymail --lora_rank 0", "--lora_rank must be a whole number"),
+        (
+            "--model plain --output_dir x --dataset cnn_dailymail --lora_rank 2 --objective classifiers",
+            "--lora_rank does not go with this --objective",
+        ),
         ("--model plain --output_dir x", "either --dataset or --train_file"),
         ("--model plain --output_dir x --train_file train.csv", "--train_file goes with --validation_file"),
         ("--model plain --output_dir x --dataset cnn_dailymail --objective both", "--objective must be one of"),
