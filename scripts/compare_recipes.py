@@ -16,11 +16,10 @@ none can), one text at a time on one thread. The last line of stdout is JSON.
 
 from __future__ import annotations
 
-import gc
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -49,6 +48,7 @@ from hf_earlyexit.shortcuts import fit_shortcuts
 from hf_earlyexit.training import EarlyExitTrainer
 
 
+NOT_OF_THE_BUDGET = ("recipes", "beside", "table")
 THRESHOLDS = (0.9, 0.6, 0.3, 0.0)
 
 
@@ -60,6 +60,7 @@ class ComparisonArguments:
     output_dir: str = field(metadata={"help": "folder of results, one for each recipe"})
     table: str | None = field(default=None, metadata={"help": "Markdown file to write"})
     recipes: list[str] = field(default_factory=lambda: list(RECIPES), metadata={"help": "names of recipes"})
+    beside: list[str] = field(default_factory=list, metadata={"help": "early-exit checkpoints to judge likewise"})
     exit_layers: list[int] = field(default_factory=lambda: [2, 4, 6], metadata={"help": "layers with an exit point"})
     max_steps: int = field(default=150, metadata={"help": "of each recipe that trains"})
     batch_size: int = field(default=48, metadata={"help": "rows of a step"})
@@ -82,7 +83,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"{parser.prog}: error: {error} See --help.", file=sys.stderr)
         sys.exit(2)
     comparison = Comparison(arguments, data, train_pairs, in_random_order(group_by_input(validation_pairs)))
-    results = {name: comparison.result_of(name) for name in arguments.recipes}
+    results = {name: comparison.of_recipe(name) for name in arguments.recipes}
+    results |= {Path(path).name: comparison.of_checkpoint(path) for path in arguments.beside}
     text = table(results, comparison.budget)
     print(text)
     if arguments.table:
@@ -139,24 +141,30 @@ class Comparison:
             f"{len(self.judged)} inputs, {asked.rounds} texts timed per setting"
         )
 
-    def result_of(self, name: str) -> dict[str, Any]:
-        """Of a recipe; read back if it has been tried."""
+    def of_recipe(self, name: str) -> dict[str, Any]:
+        """What a recipe comes to; read back if it has been tried."""
+        return self._once(name, repr(RECIPES[name]), lambda: self._try_recipe(name, RECIPES[name]))
+
+    def of_checkpoint(self, path: str) -> dict[str, Any]:
+        """What an early-exit checkpoint comes to, whatever it cost, asked at the same exit points."""
+        return self._once(Path(path).name, path, lambda: self._try_checkpoint(path))
+
+    def _once(self, name: str, what: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         file = self.folder / f"{name.replace(' ', '_').replace(',', '')}.json"
-        asked = {**vars(self.arguments), **vars(self.data), "recipe": repr(RECIPES[name])}
-        asked = json.loads(json.dumps({key: asked[key] for key in asked if key not in ("recipes", "table")}))
+        asked = {**vars(self.arguments), **vars(self.data), "recipe": what}
+        asked = json.loads(json.dumps({key: asked[key] for key in asked if key not in NOT_OF_THE_BUDGET}))
         if file.exists():
             found = json.loads(file.read_text(encoding="utf-8"))
             if found["asked"] == asked:
                 return found
             print(f"{file} was made under another budget: it is made anew.", file=sys.stderr)
-        found = {"asked": asked, **self.try_recipe(name, RECIPES[name])}
+        print(f"--- {name}", file=sys.stderr)
+        found = {"asked": asked, **make()}
         self.folder.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(found) + "\n", encoding="utf-8")
         return found
 
-    def try_recipe(self, name: str, recipe: Recipe) -> dict[str, Any]:
-        """Train by a recipe, and evaluate."""
-        print(f"--- {name}", file=sys.stderr)
+    def _try_recipe(self, name: str, recipe: Recipe) -> dict[str, Any]:
         set_seed(self.arguments.seed)
         exits = EarlyExitConfig(tuple(self.arguments.exit_layers), recipe.heads)
         model = EarlyExitT5ForConditionalGeneration.from_pretrained(
@@ -164,13 +172,19 @@ class Comparison:
         ).eval()
         cost = self.train(model, recipe, self.folder / "runs" / name)
         layers = self.arguments.exit_layers if recipe.asks_at is None else [recipe.asks_at]
+        return {"source": recipe.source, "cost": cost, **self.evaluate(model, layers)}
+
+    def _try_checkpoint(self, path: str) -> dict[str, Any]:
+        model = EarlyExitT5ForConditionalGeneration.from_pretrained(path, dtype=torch.float32)
+        return {"source": path, "cost": None, **self.evaluate(model, self.arguments.exit_layers)}
+
+    def evaluate(self, model: EarlyExitT5ForConditionalGeneration, layers: Sequence[int]) -> dict[str, Any]:
+        """Quality, area and points of a model, asked at some exit points, and where they were measured."""
         curve = f"softmax:{','.join(map(str, layers))}"
         grid = Grid({curve: THRESHOLDS}, (1,), ("row",), self.arguments.rounds)
         generation = {"max_new_tokens": self.data.max_target_tokens}
         results = evaluate_model(model.eval(), self.tokenizer, self.judged, grid, generation=generation)
-        gc.collect()
-        surroundings = {"environment": environment(), "load": load()}
-        return {"source": recipe.source, "cost": cost, **summarize(results, curve), **surroundings}
+        return {**summarize(results, curve), "environment": environment(), "load": load()}
 
     def train(self, model: EarlyExitT5ForConditionalGeneration, recipe: Recipe, folder: Path) -> dict[str, Any]:
         """What it took: CPU seconds, two small evaluations included, and how many parameters moved."""

@@ -90,8 +90,13 @@ def interval(statistic: Callable[[np.ndarray], float], count: int) -> Interval:
 
 
 def table(results: Mapping[str, Mapping[str, Any]], budget: str) -> str:
-    """All recipes as a Markdown table, in their order, with 95 % intervals in brackets."""
-    before = next((one for one in results.values() if not one["cost"]["moved_parameters"]), None)
+    """All recipes as a Markdown table, in their order, with 95 % intervals in brackets.
+
+    Args:
+        results: By name; of a checkpoint that was only judged, `cost` is None.
+        budget: In words.
+    """
+    before = next((one for one in results.values() if one["cost"] and not one["cost"]["moved_parameters"]), None)
     lines = [
         f"Budget: {budget}. ROUGE-L x 100; 95 % intervals over inputs.",
         "",
@@ -104,7 +109,8 @@ def table(results: Mapping[str, Mapping[str, Any]], budget: str) -> str:
 
 def _line(name: str, one: Mapping[str, Any], before: Mapping[str, Any] | None) -> str:
     cells = [name, _shown(one["full_depth"]), _difference(one, before), _shown(one["at_half"]), _shown(one["area"])]
-    cells += [f"{one['cost']['cpu_seconds']:.0f}", f"{one['cost']['moved_parameters'] / 1e6:.2f} M"]
+    cost = one["cost"]
+    cells += [f"{cost['cpu_seconds']:.0f}", f"{cost['moved_parameters'] / 1e6:.2f} M"] if cost else ["-", "-"]
     return f"| {' | '.join(cells)} |"
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from hf_earlyexit import EarlyExitConfig, EarlyExitT5ForConditionalGeneration
 from tests.test_train_exits import folder  # noqa: F401 (a fixture)
 
 
@@ -104,6 +105,9 @@ def run(where: Path, *options: str) -> subprocess.CompletedProcess:
 
 
 def test_recipes_are_tried_once_under_one_budget(folder):  # noqa: F811
+    EarlyExitT5ForConditionalGeneration.from_pretrained(
+        folder / "plain", early_exit=EarlyExitConfig([2, 4])
+    ).save_pretrained(folder / "exits")
     ran = run(folder, "--recipes", "logit lens", "shallow-deep", "multi-exit, LoRA")
     assert ran.returncode == 0, ran.stderr[-3000:]
     found = json.loads(ran.stdout.splitlines()[-1])["recipes"]
@@ -119,7 +123,9 @@ def test_recipes_are_tried_once_under_one_budget(folder):  # noqa: F811
     text = (folder / "table.md").read_text()
     assert "2 steps of 4 rows" in text and text.count("\n| ") == 2 + 3
 
-    again = run(folder, "--recipes", "shallow-deep")
+    again = run(folder, "--recipes", "shallow-deep", "--beside", "exits")
+    assert json.loads(again.stdout.splitlines()[-1])["recipes"]["exits"]["cost"] is None
+    assert (folder / "table.md").read_text().splitlines()[-1].endswith("| - | - |")
     assert json.loads(again.stdout.splitlines()[-1])["recipes"]["shallow-deep"] == found["shallow-deep"]
     assert "train_runtime" not in again.stdout
 

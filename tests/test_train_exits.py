@@ -208,12 +208,13 @@ def test_heads_learn_from_what_the_model_writes(folder):
     options = (
         "--model plain --output_dir {} --exit_layers 2 4 --heads linear --objective self_distillation --own_outputs"
     )
+    objective = ("--objective", "self_distillation")
     other = [{**row, "highlights": "home"} for row in articles(12)]
     write(folder / "other.jsonl", other)
     found = []
     for name, train in (("first", "train.csv"), ("second", "other.jsonl")):
         files = ["--train_file", train, "--validation_file", "validation.csv"]
-        found.append(result(run(folder, *options.format(name).split(), *files))["metrics"])
+        found.append(result(run(folder, *options.format(name).split(), *objective, *files))["metrics"])
     assert found[0]["after_exit_2_loss"] == found[1]["after_exit_2_loss"] != found[0]["before_exit_2_loss"]
     assert found[0]["after_loss"] == found[0]["before_loss"]
 
