@@ -16,9 +16,10 @@ from __future__ import annotations
 import json
 import shlex
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from random import Random
 
 import torch
 import transformers
@@ -44,6 +45,7 @@ from hf_earlyexit.metrics import ROUGE_TYPES
 
 
 PAD, END, UNKNOWN = "<pad>", "</s>", "<unk>"
+RESTORE, DELETED = "restore: ", 0.15
 
 
 @dataclass
@@ -63,6 +65,13 @@ class ShapeArguments:
 class RunArguments:
     """The run itself."""
 
+    start_from: str | None = field(
+        default=None, metadata={"help": "a plain T5 to go on from, with its tokenizer and shape, in place of scratch"}
+    )
+    denoising: bool = field(
+        default=False,
+        metadata={"help": "learn to restore each input from which words were deleted, too: few targets teach little"},
+    )
     resume: bool = field(default=False, metadata={"help": "go on from the last checkpoint in --output_dir, if any"})
 
 
@@ -80,12 +89,17 @@ def main(argv: list[str] | None = None) -> None:
         print(f"{parser.prog}: error: {error} See --help.", file=sys.stderr)
         sys.exit(2)
     folder = Path(training.output_dir)
-    tokenizer = known_tokenizer(folder) if run.resume else None
+    tokenizer = known_tokenizer(run.start_from or (folder if run.resume else None))
     if tokenizer is None:
         tokenizer = train_tokenizer((text for pair in train_pairs for text in pair), shape.vocab_size)
         tokenizer.save_pretrained(folder)
     set_seed(training.seed)
-    model = T5ForConditionalGeneration(config_of(shape, tokenizer))
+    if run.start_from is not None:
+        model = T5ForConditionalGeneration.from_pretrained(run.start_from, dtype=torch.float32)
+    else:
+        model = T5ForConditionalGeneration(config_of(shape, tokenizer))
+    if run.denoising:
+        train_pairs = [*train_pairs, *denoising_pairs(train_pairs, data.prefix, training.seed)]
     model.generation_config.max_new_tokens = data.max_target_tokens
     training.predict_with_generate = True
     examples = group_by_input(validation_pairs)[: data.max_validation_inputs]
@@ -142,9 +156,23 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
     )
 
 
-def known_tokenizer(folder: Path) -> PreTrainedTokenizerFast | None:
-    """The tokenizer of an earlier start of this run."""
-    return AutoTokenizer.from_pretrained(folder) if (folder / "tokenizer.json").is_file() else None
+def known_tokenizer(path: str | Path | None) -> PreTrainedTokenizerFast | None:
+    """The tokenizer of a checkpoint, or of an earlier start of this run; None: there is none yet."""
+    if path is None or (Path(path).is_dir() and not (Path(path) / "tokenizer.json").is_file()):
+        return None
+    return AutoTokenizer.from_pretrained(path)
+
+
+def denoising_pairs(pairs: Iterable[tuple[str, str]], prefix: str, seed: int) -> Iterator[tuple[str, str]]:
+    """Inputs to restore from which words are missing (token deletion of BART, arXiv 1910.13461, of whole words).
+
+    Targets of summaries are a few tokens, and say little of how to read; whole inputs say more.
+    """
+    random = Random(seed)
+    for source, _ in pairs:
+        text = source.removeprefix(prefix)
+        kept = [word for word in text.split(" ") if random.random() >= DELETED]
+        yield f"{RESTORE}{' '.join(kept)}", text
 
 
 def config_of(shape: ShapeArguments, tokenizer: PreTrainedTokenizerFast) -> T5Config:
