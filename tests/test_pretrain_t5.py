@@ -54,12 +54,32 @@ def test_a_plain_t5_of_texts(folder):
     card = (folder / "straight/README.md").read_text()
     assert f"/ {100 * metrics['eval_rougeL']:.1f} |" in card and "python scripts/pretrain_t5.py" in card
 
+    options = "--output_dir further --max_steps 1 --start_from straight --denoising"
+    further = run(folder, *options.split())
+    assert further.returncode == 0, further.stderr[-3000:]
+    assert AutoTokenizer.from_pretrained(folder / "further").get_vocab() == tokenizer.get_vocab()
+    weights = AutoModelForSeq2SeqLM.from_pretrained(folder / "further").state_dict()
+    change = max((weights[name] - weight).abs().max() for name, weight in model.state_dict().items())
+    assert 0 < change < 0.05, "one step away from where it started"
+
     (folder / "straight/checkpoint-4").rename(folder / "moved")
     again = run(folder, "--output_dir", "straight", "--max_steps", "4", "--save_steps", "2", "--resume")
     assert again.returncode == 0, again.stderr[-3000:]
     resumed = json.loads(again.stdout.splitlines()[-1])["metrics"]
     assert resumed["eval_loss"] == pytest.approx(metrics["eval_loss"], rel=1e-5)
     assert EarlyExitT5ForConditionalGeneration.from_pretrained(folder / "straight").early_exit.exit_layers == (1, 2)
+
+
+def test_inputs_are_restored_from_fewer_words():
+    sys.path.insert(0, str(SCRIPT.parent))
+    from pretrain_t5 import denoising_pairs
+
+    text = " ".join(map(str, range(1000)))
+    [(source, target)] = denoising_pairs([(f"summarize: {text}", "numbers")], "summarize: ", seed=0)
+    left = source.removeprefix("restore: ").split(" ")
+    assert target == text and source.startswith("restore: ")
+    assert sorted(left, key=int) == left and 800 < len(left) < 900
+    assert list(denoising_pairs([("a b c d", "")], "", 1)) == list(denoising_pairs([("a b c d", "")], "", 1))
 
 
 @pytest.mark.parametrize(
