@@ -179,6 +179,10 @@ def initialize(module: nn.Module) -> bool:
 
 
 def linear(layer: nn.Linear, hidden: torch.Tensor) -> torch.Tensor:
-    """`layer` computed in the dtype of `hidden`."""
+    """`layer` computed in the dtype of `hidden`, also under autocast, which would compute in its own."""
+    device = hidden.device.type
+    if torch.is_autocast_enabled(device):
+        with torch.autocast(device, enabled=False):
+            return linear(layer, hidden)
     bias = None if layer.bias is None else layer.bias.to(hidden.dtype)
     return nn.functional.linear(hidden, layer.weight.to(hidden.dtype), bias)

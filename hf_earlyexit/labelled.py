@@ -73,7 +73,8 @@ class LabelledExits:
         return self._hidden_states[layer][self._mask]
 
     def normed(self, layer: int) -> torch.Tensor:
-        """`[N, hidden]`, the output of any block behind the final norm."""
+        """`[N, hidden]`, the output of any block behind the final norm; of the last one also behind the dropout that
+        stock T5 puts there while training."""
         hidden = self.hidden(layer)
         return hidden if layer == self.num_layers else self._normalize(hidden)
 

@@ -64,6 +64,10 @@ class EarlyExitTrainer(Seq2SeqTrainer):
     ):
         _check(model, args, objective, kwargs)
         super().__init__(model, args, **kwargs)
+        if self.args.ddp_find_unused_parameters is None:
+            # Heads that take no part in a step and blocks that all rows of a process left out have no gradients, and
+            # with gradient checkpointing the library would not look for such.
+            self.args.ddp_find_unused_parameters = True
         if self.args.n_gpu > 1:
             raise ValueError(f"One process with {self.args.n_gpu} GPUs: start one per GPU with `accelerate launch`.")
         self.objective, self.evaluate_exits, self.command = objective, evaluate_exits, command

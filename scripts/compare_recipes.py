@@ -9,9 +9,10 @@ when the command is given again.
         --prefix "describe: " --exit_layers 2 4 6 --max_steps 150 --output_dir recipes --table recipes.md
 
 Quality is ROUGE-L (best of an input's references). Settings are thresholds of the top-two gap, from never leaving to
-leaving at the first exit point asked; between two of them, quality and layers are taken as linear. The area is the
-mean, over times from half of stock's time to all of it, of the best quality that can be had within that time (0 where
-none can), one text at a time on one thread. The last line of stdout is JSON.
+leaving at the first exit point asked. At half of the layers, quality is taken as linear in layers between the two
+settings around. The area is the mean, over times from half of stock's time to all of it, of the best quality of a
+setting that was measured to take no longer (0 where none did): one text at a time, on one thread of the CPU. Every
+recipe is one run with one seed; what another seed would give is not in the intervals. The last line of stdout is JSON.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ from transformers import (
 from hf_earlyexit import EarlyExitConfig, EarlyExitT5ForConditionalGeneration
 from hf_earlyexit.data import Example, group_by_input, in_random_order
 from hf_earlyexit.evaluation import evaluate_model
+from hf_earlyexit.extras import require
 from hf_earlyexit.grid import Grid
 from hf_earlyexit.lora import add_lora, merge_lora
 from hf_earlyexit.machine import environment, load
@@ -79,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         check_recipes(arguments)
         check_data(data)
         train_pairs, validation_pairs = read_pairs(data)
-    except (ValueError, OSError) as error:  # the user's to mend, and nothing has been done yet
+    except (ValueError, OSError, ImportError) as error:  # the user's to mend, and nothing has been done yet
         print(f"{parser.prog}: error: {error} See --help.", file=sys.stderr)
         sys.exit(2)
     comparison = Comparison(arguments, data, train_pairs, in_random_order(group_by_input(validation_pairs)))
@@ -101,6 +103,10 @@ def check_recipes(arguments: ComparisonArguments) -> None:
             raise ValueError(f"--{name} must be positive, got {getattr(arguments, name)}.")
     if arguments.rounds < 2:
         raise ValueError(f"--rounds must be at least 2, got {arguments.rounds}.")
+    names = [*arguments.recipes, *(Path(path).name for path in arguments.beside)]
+    if repeated := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"--recipes and --beside have {repeated} twice: results go by name.")
+    require("scipy.stats", "calibrate")
     for name in arguments.recipes:
         layer = RECIPES[name].asks_at
         if layer not in (None, *arguments.exit_layers):
@@ -183,7 +189,9 @@ class Comparison:
         curve = f"softmax:{','.join(map(str, layers))}"
         grid = Grid({curve: THRESHOLDS}, (1,), ("row",), self.arguments.rounds)
         generation = {"max_new_tokens": self.data.max_target_tokens}
-        results = evaluate_model(model.eval(), self.tokenizer, self.judged, grid, generation=generation)
+        cut = {"max_source_tokens": self.data.max_source_tokens}
+        model = model.to("cpu").eval()  # where times of one text are compared, wherever it was trained
+        results = evaluate_model(model, self.tokenizer, self.judged, grid, generation=generation, **cut)
         return {**summarize(results, curve), "environment": environment(), "load": load()}
 
     def train(self, model: EarlyExitT5ForConditionalGeneration, recipe: Recipe, folder: Path) -> dict[str, Any]:

@@ -83,23 +83,26 @@ def main(argv: list[str] | None = None) -> None:
     shape, data, run, training = parser.parse_args_into_dataclasses(argv)
     try:
         check_shape(shape)
+        check_start(run.start_from, shape)
         check_data(data)
         train_pairs, validation_pairs = read_pairs(data)
     except (ValueError, OSError) as error:  # the user's to mend, and nothing has been done yet
         print(f"{parser.prog}: error: {error} See --help.", file=sys.stderr)
         sys.exit(2)
     folder = Path(training.output_dir)
-    tokenizer = known_tokenizer(run.start_from or (folder if run.resume else None))
-    if tokenizer is None:
-        tokenizer = train_tokenizer((text for pair in train_pairs for text in pair), shape.vocab_size)
-        tokenizer.save_pretrained(folder)
-    set_seed(training.seed)
-    if run.start_from is not None:
-        model = T5ForConditionalGeneration.from_pretrained(run.start_from, dtype=torch.float32)
-    else:
-        model = T5ForConditionalGeneration(config_of(shape, tokenizer))
     if run.denoising:
         train_pairs = [*train_pairs, *denoising_pairs(train_pairs, data.prefix, training.seed)]
+    set_seed(training.seed)
+    if run.start_from is not None:
+        tokenizer = AutoTokenizer.from_pretrained(run.start_from)
+        model = T5ForConditionalGeneration.from_pretrained(run.start_from, dtype=torch.float32)
+    else:
+        with training.main_process_first(desc="the tokenizer"):
+            tokenizer = known_tokenizer(folder) if run.resume or not training.should_save else None
+            if tokenizer is None:
+                tokenizer = train_tokenizer((text for pair in train_pairs for text in pair), shape.vocab_size)
+                tokenizer.save_pretrained(folder)
+        model = T5ForConditionalGeneration(config_of(shape, tokenizer))
     model.generation_config.max_new_tokens = data.max_target_tokens
     training.predict_with_generate = True
     examples = group_by_input(validation_pairs)[: data.max_validation_inputs]
@@ -112,6 +115,8 @@ def main(argv: list[str] | None = None) -> None:
         processing_class=tokenizer,
         compute_metrics=RougeOfDistinctInputs(tokenizer, examples),
     )
+    # T5 takes `num_items_in_batch` and ignores it: whoever believes it was heeded adds accumulated losses up.
+    trainer.model_accepts_loss_kwargs = False
     checkpoint = get_last_checkpoint(str(folder)) if run.resume and folder.is_dir() else None
     metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
     metrics |= {"validation_inputs": len(examples), **trainer.evaluate()}
@@ -119,7 +124,7 @@ def main(argv: list[str] | None = None) -> None:
     trainer.save_model()
     if trainer.is_world_process_zero():
         command = shlex.join(["python", "scripts/pretrain_t5.py", *argv])
-        card(trainer, metrics, data, command).save(folder / "README.md")
+        card(trainer, metrics, data, run, command).save(folder / "README.md")
         print(json.dumps({"output_dir": str(folder), "command": command, "metrics": metrics}))
 
 
@@ -139,6 +144,17 @@ def check_shape(shape: ShapeArguments) -> None:
         raise ValueError(f"--num_heads {shape.num_heads} must divide --d_model {shape.d_model}.")
 
 
+def check_start(start_from: str | None, shape: ShapeArguments) -> None:
+    """Refuse a shape that the checkpoint gone on from would not have."""
+    if start_from is None:
+        return
+    if Path(start_from).exists() and not (Path(start_from) / "config.json").is_file():
+        raise ValueError(f"--start_from {start_from!r} is no checkpoint: it has no config.json.")
+    defaults = vars(ShapeArguments())
+    if changed := [name for name, value in vars(shape).items() if value != defaults[name]]:
+        raise ValueError(f"--{changed[0]} does not go with --start_from, whose checkpoint has a shape of its own.")
+
+
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
     """A unigram tokenizer (Kudo, arXiv 1804.10959) of these texts, with T5's special tokens and its end token."""
     tokenizer = Tokenizer(models.Unigram())
@@ -156,11 +172,9 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
     )
 
 
-def known_tokenizer(path: str | Path | None) -> PreTrainedTokenizerFast | None:
-    """The tokenizer of a checkpoint, or of an earlier start of this run; None: there is none yet."""
-    if path is None or (Path(path).is_dir() and not (Path(path) / "tokenizer.json").is_file()):
-        return None
-    return AutoTokenizer.from_pretrained(path)
+def known_tokenizer(folder: Path) -> PreTrainedTokenizerFast | None:
+    """The tokenizer of an earlier start of this run, or of its first process; None: there is none yet."""
+    return AutoTokenizer.from_pretrained(folder) if (folder / "tokenizer.json").is_file() else None
 
 
 def denoising_pairs(pairs: Iterable[tuple[str, str]], prefix: str, seed: int) -> Iterator[tuple[str, str]]:
@@ -195,12 +209,16 @@ def config_of(shape: ShapeArguments, tokenizer: PreTrainedTokenizerFast) -> T5Co
     )
 
 
-def card(trainer: Seq2SeqTrainer, metrics: dict[str, float], data: DataArguments, command: str) -> ModelCard:
+def card(
+    trainer: Seq2SeqTrainer, metrics: dict[str, float], data: DataArguments, run: RunArguments, command: str
+) -> ModelCard:
     """What it is, what it scores, how it was trained."""
     config, args = trainer.model.config, trainer.args
     name = Path(args.output_dir).name
     front = ModelCardData(library_name="transformers", pipeline_tag="text2text-generation")
     parameters = sum(weight.numel() for weight in trainer.model.parameters())
+    start = "from scratch" if run.start_from is None else f"further than {Path(run.start_from).name}"
+    also = ", and on restoring inputs from which words were deleted" if run.denoising else ""
     rouge = " / ".join(f"{100 * metrics[f'eval_{kind}']:.1f}" for kind in ROUGE_TYPES)
     text = f"""---
 {front.to_yaml()}
@@ -208,7 +226,8 @@ def card(trainer: Seq2SeqTrainer, metrics: dict[str, float], data: DataArguments
 
 # {name}
 
-A plain T5 without exits, trained from scratch: {config.num_layers} encoder and {config.num_decoder_layers} decoder
+A plain T5 without exits, trained {start} on pairs of texts{also}: {config.num_layers} encoder and
+{config.num_decoder_layers} decoder
 layers, width {config.d_model}, {config.vocab_size} pieces, {parameters / 1e6:.1f} M parameters. Inputs start with
 {data.prefix!r}, are cut to {data.max_source_tokens} tokens, targets to {data.max_target_tokens}.
 

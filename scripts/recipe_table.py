@@ -18,6 +18,7 @@ from hf_earlyexit.candidates import FULL_DEPTH
 Interval = dict[str, float]
 LEAST_TIME, TIMES = 0.5, 501
 RESAMPLES = 2000
+COLUMNS = ("recipe", "asked at", "full depth", "against before", "at half of the layers", "area", "CPU s", "moved")
 
 
 def summarize(results: Mapping[str, Any], curve: str) -> dict[str, Any]:
@@ -45,6 +46,7 @@ def summarize(results: Mapping[str, Any], curve: str) -> dict[str, Any]:
 
     count = quality.shape[1]
     return {
+        "curve": curve,
         "full_depth": interval(lambda draw: quality[names.index(FULL_DEPTH), draw].mean(), count),
         "at_half": interval(at_half, count),
         "area": interval(area, count),
@@ -100,15 +102,23 @@ def table(results: Mapping[str, Mapping[str, Any]], budget: str) -> str:
     lines = [
         f"Budget: {budget}. ROUGE-L x 100; 95 % intervals over inputs.",
         "",
-        "| recipe | full depth | against before | at half of the layers | area, quality over time | CPU s | moved |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
+        f"| {' | '.join(COLUMNS)} |",
+        f"|{' --- |' * len(COLUMNS)}",
         *(_line(name, one, before) for name, one in results.items()),
     ]
     return "\n".join(lines)
 
 
 def _line(name: str, one: Mapping[str, Any], before: Mapping[str, Any] | None) -> str:
-    cells = [name, _shown(one["full_depth"]), _difference(one, before), _shown(one["at_half"]), _shown(one["area"])]
+    points = one["curve"].partition(":")[2].replace(",", ", ")
+    cells = [
+        name,
+        points,
+        _shown(one["full_depth"]),
+        _difference(one, before),
+        _shown(one["at_half"]),
+        _shown(one["area"]),
+    ]
     cost = one["cost"]
     cells += [f"{cost['cpu_seconds']:.0f}", f"{cost['moved_parameters'] / 1e6:.2f} M"] if cost else ["-", "-"]
     return f"| {' | '.join(cells)} |"

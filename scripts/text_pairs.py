@@ -90,23 +90,25 @@ def own_outputs(
     sources: list[str],
     arguments: DataArguments,
     batch_size: int,
-) -> list[tuple[str, str]]:
-    """Each source with what the model writes of it at full depth, greedily: texts to learn from without targets."""
-    order = sorted(range(len(sources)), key=lambda place: len(sources[place]))
-    texts: dict[int, str] = {}
+) -> Dataset:
+    """Rows of these sources with what the model writes of them at full depth, greedily, as labels: no targets needed.
+
+    The very tokens that it writes; a text that was cut has no end token. With several processes each writes them all.
+    """
+    options = {"early_exit": False, "do_sample": False, "num_beams": 1, "return_dict_in_generate": True}
+    cut = {"truncation": True, "max_length": arguments.max_source_tokens}
+    rows = [{**tokenizer(source, **cut)} for source in sources]
+    order = sorted(range(len(rows)), key=lambda place: len(rows[place]["input_ids"]))
     model.eval()
     for start in tqdm(range(0, len(order), batch_size), desc="writing its own targets"):
         places = order[start : start + batch_size]
-        batch = tokenizer(
-            [sources[place] for place in places],
-            truncation=True,
-            max_length=arguments.max_source_tokens,
-            padding=True,
-            return_tensors="pt",
-        ).to(model.device)
-        ids = model.generate(**batch, early_exit=False, do_sample=False, max_new_tokens=arguments.max_target_tokens)
-        texts |= dict(zip(places, tokenizer.batch_decode(ids, skip_special_tokens=True)))
-    return [(source, texts[place]) for place, source in enumerate(sources)]
+        batch = tokenizer.pad([rows[place] for place in places], return_tensors="pt").to(model.device)
+        output = model.generate(**batch, max_new_tokens=arguments.max_target_tokens, **options)
+        written = output.layers_run > 0  # rows that have ended run no layers
+        tokens = output.sequences[:, -written.shape[1] :].cpu()
+        for place, ids, own in zip(places, tokens, written.cpu()):
+            rows[place]["labels"] = ids[own].tolist()
+    return Dataset.from_list(rows)
 
 
 class RougeOfDistinctInputs:

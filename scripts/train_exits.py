@@ -135,7 +135,10 @@ def main(argv: list[str] | None = None) -> None:
     training.predict_with_generate = True
     if run_args.own_outputs:
         sources = list(dict.fromkeys(source for source, _ in train_pairs))
-        train_pairs = own_outputs(model, tokenizer, sources, data_args, training.per_device_eval_batch_size)
+        model.to(training.device)
+        train_rows = own_outputs(model, tokenizer, sources, data_args, training.per_device_eval_batch_size)
+    else:
+        train_rows = tokenize(tokenizer, train_pairs, data_args)
     examples = group_by_input(validation_pairs)[: data_args.max_validation_inputs]
     validation_pairs = [(example.source, example.references[0]) for example in examples]
     trainer = EarlyExitTrainer(
@@ -144,7 +147,7 @@ def main(argv: list[str] | None = None) -> None:
         objective=objective,
         evaluate_exits=run_args.evaluate_exits,
         command=shlex.join(["python", "scripts/train_exits.py", *argv]),
-        train_dataset=tokenize(tokenizer, train_pairs, data_args),
+        train_dataset=train_rows,
         eval_dataset=tokenize(tokenizer, validation_pairs, data_args),
         data_collator=DataCollatorForSeq2Seq(tokenizer, model=model),
         processing_class=tokenizer,

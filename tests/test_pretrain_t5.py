@@ -21,9 +21,9 @@ SHAPE = "--vocab_size 40 --encoder_layers 3 --decoder_layers 3 --d_model 16 --d_
 QUICK = "--per_device_train_batch_size 4 --learning_rate 1e-2 --report_to none --use_cpu --max_target_tokens 8"
 
 
-def run(folder: Path, *options: str) -> subprocess.CompletedProcess:
+def run(folder: Path, *options: str, shape: str = SHAPE) -> subprocess.CompletedProcess:
     data = ["--train_file", "train.jsonl", "--validation_file", "validation.jsonl", "--prefix", "summarize: "]
-    command = [sys.executable, str(SCRIPT), *data, *SHAPE.split(), *QUICK.split(), *options]
+    command = [sys.executable, str(SCRIPT), *data, *shape.split(), *QUICK.split(), *options]
     variables = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(SCRIPT.parent.parent)}
     return subprocess.run(command, capture_output=True, text=True, cwd=folder, env=variables)
 
@@ -55,12 +55,13 @@ def test_a_plain_t5_of_texts(folder):
     assert f"/ {100 * metrics['eval_rougeL']:.1f} |" in card and "python scripts/pretrain_t5.py" in card
 
     options = "--output_dir further --max_steps 1 --start_from straight --denoising"
-    further = run(folder, *options.split())
+    further = run(folder, *options.split(), shape="")
     assert further.returncode == 0, further.stderr[-3000:]
     assert AutoTokenizer.from_pretrained(folder / "further").get_vocab() == tokenizer.get_vocab()
     weights = AutoModelForSeq2SeqLM.from_pretrained(folder / "further").state_dict()
     change = max((weights[name] - weight).abs().max() for name, weight in model.state_dict().items())
     assert 0 < change < 0.05, "one step away from where it started"
+    assert "further than straight on pairs of texts, and on restoring" in (folder / "further/README.md").read_text()
 
     (folder / "straight/checkpoint-4").rename(folder / "moved")
     again = run(folder, "--output_dir", "straight", "--max_steps", "4", "--save_steps", "2", "--resume")
@@ -89,6 +90,7 @@ def test_inputs_are_restored_from_fewer_words():
         ({"num_heads": 3}, "--num_heads 3 must divide --d_model 256"),
         ({"dropout": 1.0}, "--dropout must be in"),
         ({"d_ff": 0}, "--d_ff must be positive, got 0"),
+        ({"d_ff": 8, "start_from": "plain"}, "--d_ff does not go with --start_from"),
     ],
 )
 def test_what_cannot_be_built_is_refused(options, message, capsys, tmp_path):

@@ -226,7 +226,8 @@ def test_adapters_are_merged_before_saving(folder):
     moved = {
         name for name, weight in plain.state_dict().items() if not torch.equal(weight, adapted.state_dict()[name])
     }
-    assert moved and all(".block." in name for name in moved), "embeddings and norms rest"
+    rest = ("shared.", "lm_head.", "layer_norm", "relative_attention_bias")
+    assert moved and not any(part in name for name in moved for part in rest), "embeddings and norms rest"
     assert metrics["before_loss"] != metrics["after_loss"]
 
 
