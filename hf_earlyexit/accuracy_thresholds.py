@@ -128,6 +128,11 @@ class ExitAccuracy:
         Raises:
             ValueError: A layer has no table.
         """
+        if self.criterion == "patience" and layers != self.layers:  # whose confidence depends on who else was asked
+            raise ValueError(
+                f"`exit_criterion` has accuracies of patience asked at {self.layers}, and would be asked at {layers}: "
+                f"pass `exit_layers={self.layers}`, or fit it for these."
+            )
         if foreign := sorted(set(layers) - set(self.layers)):
             raise ValueError(
                 f"`exit_criterion` has accuracies for the exits {self.layers}, and would be asked at {foreign}, too: "
@@ -162,10 +167,16 @@ class ExitAccuracy:
                 f'`exit_criterion` of plain values must be those of an `ExitAccuracy`: {{"name": {NAME!r}, '
                 f'"criterion": ..., "tables": ...}}, got {sorted(values)} with the name {values.get("name")!r}.'
             )
+        if values["criterion"] not in WRAPPED:
+            raise ValueError(f"`criterion` must be one of {list(WRAPPED)}, got {values['criterion']!r}.")
+        if not isinstance(values["tables"], list | tuple):
+            raise ValueError(f"`tables` of `exit_criterion` must be a list, got {values['tables']!r}.")
         keys = {"layer", "confidences", "shares"}
         for one in values["tables"]:
             if not isinstance(one, Mapping) or set(one) != keys:
                 raise ValueError(f"`tables` of `exit_criterion` must be objects with {sorted(keys)}, got {one!r}.")
+            if not all(isinstance(one[name], list | tuple) for name in ("confidences", "shares")):
+                raise ValueError(f"`confidences` and `shares` of a table must be lists, got {one!r}.")
         tables = (
             AccuracyTable(one["layer"], tuple(one["confidences"]), tuple(one["shares"])) for one in values["tables"]
         )

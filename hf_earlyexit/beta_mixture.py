@@ -91,7 +91,8 @@ class BetaMixture:
     (with probability 1 - delta over the draw of the calibration inputs). Given that, let the threshold of each unit
     (an input, or what else the certificate is of) be any function of the units before it. The new unit is independent
     of these, so its expected loss, given them, is the risk of that threshold, which is at most the target; hence so is
-    the mean over any number of units. Nothing is assumed of the Betas: if they are wrong it costs time, not quality.
+    the expected mean over a number of units fixed beforehand. Nothing is assumed of the Betas: if they are wrong, as
+    they are after few tokens, that costs time, or quality up to the target, never beyond it.
     For `"crc"`, whose promise is an expectation, it holds as well: each unit's loss is at most its running maximum up
     to the last accepted setting, and that is what was bounded. It fails if the threshold changes *within* a unit, or
     looks at the very text that it decides about.
@@ -124,7 +125,7 @@ class BetaMixture:
 
     Args:
         candidates: Thresholds in [0, 1] that may be chosen, such as a certificate's `thresholds`, which are the ones
-            tested: calibrate on a fine grid to have many.
+            tested: calibrate one curve on a fine grid, `Search(order="threshold")`, to have many.
         zeta: What the posterior must exceed, between 0 and 1.
         weighted: Whether the posterior takes into account how many tokens were right; FREE's does not.
 

@@ -107,7 +107,7 @@ class Certificate:
     @property
     def thresholds(self) -> tuple[float, ...]:
         """Those of the certified setting's curve that were shown to keep the target together with it, descending: the
-        promise holds with any of them in place of its own. None if nothing is certified."""
+        promise holds with any of them in place of its own. Empty if nothing is certified."""
         own = next((row["curve"] for row in self.table if self.certified and row["name"] == self.name), None)
         found = {row["threshold"] for row in self.table if row["accepted"] and row["curve"] == own}
         return tuple(sorted(found, reverse=True)) if own is not None else ()

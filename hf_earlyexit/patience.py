@@ -63,7 +63,8 @@ class Patience:
 
     It departs from the paper in what counts as an exit: every exit point *asked* in the call, so that with
     `exit_layers` a run of three may span more layers. PABEE asks a classifier of its own after every layer. Values are
-    in fp64, since 9/10 in fp32 is below the threshold 0.9. With `candidates`, see `SoftmaxResponse`.
+    in fp64, since 9/10 in fp32 is below the threshold 0.9. With `candidates`, the first choice is among those: a token
+    that is none of them and has overtaken them does not break a streak, but is not confirmed either.
     """
 
     candidates: int | None = None

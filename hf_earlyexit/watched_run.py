@@ -77,13 +77,18 @@ def labelled_confidences(output: Any, layer: int | None = None) -> tuple[list[fl
         output: Of `generate(record_exits=True, return_dict_in_generate=True)`.
         layer: Of this exit alone; None: of all that were asked.
 
+    Only of texts at full depth are these full depth's choices: where tokens have left, keys and values of the last
+    layer are projected.
+
     Raises:
-        ValueError: Nothing was recorded.
+        ValueError: Nothing was recorded, or nobody was asked after `layer`.
     """
     confidences, agreements = output.get("asked_confidences"), output.get("asked_agreements")
     if confidences is None:
         raise ValueError("`output` has no recorded exits: pass `record_exits=True` to `generate`.")
     if layer is not None:
+        if not 1 <= layer <= confidences.shape[-1] or confidences[..., layer - 1].isnan().all():
+            raise ValueError(f"`layer={layer}` is no exit that was asked in this call.")
         confidences, agreements = confidences[..., layer - 1], agreements[..., layer - 1]
     known = agreements.isnan().logical_not()
     return confidences[known].tolist(), agreements[known].bool().tolist()

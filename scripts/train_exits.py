@@ -169,7 +169,9 @@ def make_objective(arguments: ObjectiveArguments) -> Objective:
     kind = OBJECTIVES[arguments.objective]
     own = {"unbalanced" if option.name == "balanced" else option.name for option in fields(kind) if option.repr}
     asked = {
-        name: value for name, value in vars(arguments).items() if name != "objective" and value not in (None, False)
+        name: value
+        for name, value in vars(arguments).items()
+        if name != "objective" and value is not None and value is not False
     }
     if kind.trains_classifiers:
         asked = {name: value for name, value in asked.items() if name not in CLASSIFIER_SHAPE}

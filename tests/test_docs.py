@@ -38,8 +38,6 @@ NOT_RUN = {
     "docs/how-to/prepare-and-compile.md": ["compiles for about a minute"],
     "docs/training.md": ["needs a Hub download; how-to/train-exits.md runs the same on a few inputs"],
 }
-# What names on pages may begin with although it is not there yet.
-COMING = ()
 # What variables of these names are in blocks that are not run.
 VARIABLES = {"model": EarlyExitT5ForConditionalGeneration, "trainer": EarlyExitTrainer}
 
@@ -228,7 +226,7 @@ def test_scripts_of_the_pages_are_read():
 @pytest.mark.parametrize("page", PAGES, ids=named)
 def test_names_in_code_exist(page):
     """Modules and what is in them, files, verbs: what looks like one in the running text is one."""
-    assert [name for name in page.inline_code if not name.startswith(COMING) and not exists(name)] == []
+    assert [name for name in page.inline_code if not exists(name)] == []
 
 
 def exists(name: str) -> bool:
