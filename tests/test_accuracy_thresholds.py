@@ -211,6 +211,12 @@ VALUES = ExitAccuracy("softmax", TABLES).to_dict()
     [
         ({"name": "accurate"}, "must be those of an `ExitAccuracy`.*got \\['name'\\] with the name 'accurate'"),
         (VALUES | {"criterion": "fixed"}, "`criterion` must be one of .*got 'fixed'"),
+        (VALUES | {"criterion": 5}, "`criterion` must be one of .*got 5"),
+        (VALUES | {"tables": None}, "`tables` of `exit_criterion` must be a list, got None"),
+        (
+            VALUES | {"tables": [{**VALUES["tables"][0], "shares": 0.1}]},
+            "`confidences` and `shares` of a table must be",
+        ),
         (VALUES | {"tables": []}, "`tables` must be of different layers, ascending, got layers \\[\\]"),
         (VALUES | {"tables": VALUES["tables"][::-1]}, "got layers \\[4, 2\\]"),
         (VALUES | {"tables": [{"layer": 2}]}, "`tables` of `exit_criterion` must be objects with"),
@@ -221,6 +227,14 @@ def test_what_cannot_be_a_criterion(model, criterion, message):
     assert NUM_LAYERS == 6
     with pytest.raises(ValueError, match=message):
         model.generate(**tiny_inputs(1), exit_criterion=criterion, exit_threshold=0.5)
+
+
+def test_patience_is_asked_where_it_was_fitted(model):
+    """At some of these exit points its confidence would mean another thing."""
+    call = {"exit_criterion": VALUES | {"criterion": "patience"}, "exit_threshold": 0.5}
+    model.generate(**tiny_inputs(1), **call, exit_layers=[2, 4])
+    with pytest.raises(ValueError, match="patience asked at \\[2, 4\\], and would be asked at \\[4\\]"):
+        model.generate(**tiny_inputs(1), **call, exit_layers=[4])
 
 
 def test_a_wrapped_classifier_must_be_there(model):

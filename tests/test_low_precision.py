@@ -9,6 +9,7 @@ import torch
 from transformers import TorchAoConfig
 
 from hf_earlyexit import ClassifierConfig, EarlyExitConfig, EarlyExitT5ForConditionalGeneration
+from hf_earlyexit.heads import Classifier
 from tests import laws
 from tests.tiny import NUM_LAYERS, tiny_inputs, tiny_pair
 from tests.watching import pseudo_random_script
@@ -89,3 +90,17 @@ def test_exit_heads_stay_as_they_are(chosen, tmp_path):
         loaded.generate(**tiny_inputs(2), max_new_tokens=4, exit_criterion=criterion, exit_threshold=0.5)
     with pytest.raises(ValueError, match="with weights of type `Int8Tensor`.*unquantised weights"):
         loaded.prepare_for_generation()
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
+def test_classifiers_of_large_states_stay_in_fp32_under_autocast(dtype):
+    """T5's raw states can exceed what fp16 holds; training in mixed precision must not make infinities of them."""
+    classifier = Classifier(ClassifierConfig("mlp", width=4), 8)
+    with torch.no_grad():
+        for parameter in classifier.parameters():
+            parameter.fill_(0.5)
+    hidden = torch.full((3, 8), 1e5)
+    expected = classifier(hidden)
+    with torch.autocast("cpu", dtype=dtype):
+        found = classifier(hidden)
+    assert found.dtype == torch.float32 and torch.equal(found, expected) and expected.isfinite().all()

@@ -111,3 +111,13 @@ def test_what_was_not_recorded():
     _, model = tiny_pair("tied", 0)
     with pytest.raises(ValueError, match="`output` has no recorded exits: pass `record_exits=True`"):
         labelled_confidences(laws.generate(model, tiny_inputs(1)))
+
+
+def test_exits_that_were_not_asked_have_nothing_to_tell():
+    _, model = tiny_pair("tied", 0)
+    call = {"exit_criterion": "softmax", "exit_layers": [2, 4], "early_exit": False, "record_exits": True}
+    output = laws.generate(model, tiny_inputs(1), **call)
+    assert labelled_confidences(output, 4)[0]
+    for layer in (0, 3, 6):
+        with pytest.raises(ValueError, match=f"`layer={layer}` is no exit that was asked"):
+            labelled_confidences(output, layer)
