@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 
 from hf_earlyexit.config import is_number
 
@@ -15,6 +16,7 @@ from hf_earlyexit.config import is_number
 CLIP = 1e-4  # densities are infinite or 0 at the ends
 LEAST_VARIANCE = 1e-8
 ZETA = 0.4  # FREE's
+LEAST_OF_A_KIND = 10  # tokens that were right, and that were wrong, before either is fitted
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,7 @@ def posterior_right(confidence: float, right: Beta, wrong: Beta, share: float = 
 
 
 class BetaMixture:
-    """Chooses, of some thresholds, the smallest at which a token is right with a posterior above `zeta` (the adaptive
+    """Chooses, of some thresholds, a small one at which a token is right with a posterior above `zeta` (the adaptive
     threshold of FREE, arXiv 2310.05424).
 
     The confidences of tokens that ran to full depth are collected, apart for those whose exit had agreed and those
@@ -100,13 +102,14 @@ class BetaMixture:
     It departs from FREE and its released code as follows.
 
     - FREE moves in steps of 0.067 between 0.3 and 0.9, and counts grid points above zeta wherever they lie, so that it
-      can rest at the upper end for good. Here the first candidate above zeta is taken, of candidates of your choice,
-      and the most conservative one if none is.
+      can rest at the upper end for good. Here it goes down from where right tokens usually are for as long as the
+      posterior is above zeta, over candidates of your choice, so that it passes over no confidence at which tokens are
+      wrong; the most conservative one is taken if there is none.
     - FREE learns from tokens that left only when a later token runs deep: no confident token, nothing learned. Tokens
       that leave here are never labelled, and those that did not were by that very fact less sure than the threshold.
       So learn from *audits*: every so many texts, one at full depth, whose exits are asked all the same.
-    - Sums are kept, not tokens, and there is no limit on how often it is fitted. A kind of token that has not been
-      seen has FREE's first guess: Beta(2, 1) for right ones, Beta(1, 2) for wrong ones.
+    - Sums are kept, not tokens, and there is no limit on how often it is fitted. Until `LEAST_OF_A_KIND` tokens of
+      either kind have been seen, FREE's first guesses hold: Beta(2, 1) for right ones, Beta(1, 2) for wrong ones.
     - All exits share one threshold, as everywhere here, where FREE has one exit.
 
     With `model` a certified one, `tokenizer` and `texts`:
@@ -170,13 +173,20 @@ class BetaMixture:
             self._moments[right].add(clipped(value))
 
     def threshold(self) -> float:
-        """One of the candidates, by what was observed so far; the same until more is."""
-        return next((value for value in self.candidates if self.posterior(value) > self.zeta), self.candidates[-1])
+        """One of the candidates, by what was observed so far; the same until more is.
+
+        From the first candidate at which right tokens are at home (their mean confidence, or the most conservative
+        candidate below it) down for as long as the posterior is above `zeta`; the most conservative one if it is not.
+        """
+        usual = self.right.alpha / (self.right.alpha + self.right.beta)
+        start = next((value for value in self.candidates if value >= usual), self.candidates[-1])
+        down = [value for value in reversed(self.candidates) if value <= start]
+        found = list(takewhile(lambda value: self.posterior(value) > self.zeta, down))
+        return found[-1] if found else self.candidates[-1]
 
     def posterior(self, confidence: float) -> float:
         """The probability that a token which is so sure is right."""
-        counts = [self._moments[kind].count for kind in (True, False)]
-        share = counts[0] / sum(counts) if self.weighted and all(counts) else 0.5
+        share = self._counts[0] / sum(self._counts) if self.weighted and self._knows_enough else 0.5
         return posterior_right(confidence, self.right, self.wrong, share)
 
     @property
@@ -189,5 +199,16 @@ class BetaMixture:
         """The confidences of tokens that were wrong."""
         return self._fitted(False) or WRONG_AT_FIRST
 
+    @property
+    def _counts(self) -> list[int]:
+        """Tokens seen that were right, and that were wrong."""
+        return [self._moments[kind].count for kind in (True, False)]
+
+    @property
+    def _knows_enough(self) -> bool:
+        return min(self._counts) >= LEAST_OF_A_KIND
+
     def _fitted(self, kind: bool) -> Beta | None:
+        if not self._knows_enough:
+            return None
         return Beta.matched(self._moments[kind].mean, self._moments[kind].variance)

@@ -59,13 +59,16 @@ def test_thresholds_by_hand():
     assert mixture.threshold() == 0.5, "0.4 is not above zeta"
     assert BetaMixture(TENTHS, zeta=0.69).threshold() == 0.7
     assert BetaMixture([0.1, 0.2]).threshold() == 0.2, "the most conservative where none is above zeta"
-    mixture.observe([0.5, 0.9], [False, False])
-    mean, variance = 0.7, 0.04
-    strength = mean * 0.3 / variance - 1
-    assert (mixture.wrong.alpha, mixture.wrong.beta) == pytest.approx((mean * strength, 0.3 * strength))
-    assert mixture.right == Beta(2, 1) and mixture.threshold() == 0.1, "a wrong token is rarely so unsure as 0.1"
+    mixture.observe([0.5, 0.9] * 50, [False] * 100)
+    assert mixture.wrong == Beta(1, 2) and mixture.threshold() == 0.5, "nothing is known of right ones"
+    mixture.observe([0.7, 0.9] * 5, [True] * 10)
+    for found, mean, variance in ((mixture.wrong, 0.7, 0.04), (mixture.right, 0.8, 0.01)):
+        strength = mean * (1 - mean) / variance - 1
+        assert (found.alpha, found.beta) == pytest.approx((mean * strength, (1 - mean) * strength))
+    assert mixture.posterior(0.8) > 0.4 and mixture.posterior(0.7) > 0.4 > mixture.posterior(0.6)
+    assert mixture.threshold() == 0.7
     sure = BetaMixture(TENTHS, weighted=True)
-    sure.observe([0.9, 0.9, 0.9, 0.1], [True, True, True, False])
+    sure.observe([0.9] * 30 + [0.1] * 10, [True] * 30 + [False] * 10)
     assert sure.posterior(0.3) == pytest.approx(1.8 / 3.2), "equal confidences have no Beta, but count"
     assert sure.threshold() == 0.2
 
@@ -77,6 +80,15 @@ def test_it_does_not_rest_at_the_upper_end():
     mixture.observe(generator.beta(6, 3, 500), [True] * 500)
     assert mixture.posterior(0.99) < 0.4 < mixture.posterior(0.6)
     assert 0.2 < mixture.threshold() < 0.45
+
+
+def test_it_passes_over_no_confidence_at_which_tokens_are_wrong():
+    """Wrong tokens stand around 0.6: below that the posterior is above zeta again."""
+    generator, mixture = np.random.default_rng(2), BetaMixture(TENTHS)
+    mixture.observe(generator.normal(0.6, 0.05, 200).clip(0, 1), [False] * 200)
+    mixture.observe(generator.beta(2, 0.8, 200), [True] * 200)
+    assert mixture.posterior(0.2) > 0.4 > mixture.posterior(0.6) and mixture.posterior(0.7) > 0.4
+    assert mixture.threshold() == 0.7
 
 
 # --- where the mixture is known -------------------------------------------------------------------------------------
