@@ -50,6 +50,7 @@ from hf_earlyexit.shortcuts import fit_shortcuts
 from hf_earlyexit.training import EarlyExitTrainer
 
 
+BEFORE = "logit lens"  # the recipe that trains nothing
 NOT_OF_THE_BUDGET = ("recipes", "beside", "table")
 THRESHOLDS = (0.9, 0.6, 0.3, 0.0)
 
@@ -87,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     comparison = Comparison(arguments, data, train_pairs, in_random_order(group_by_input(validation_pairs)))
     results = {name: comparison.of_recipe(name) for name in arguments.recipes}
     results |= {Path(path).name: comparison.of_checkpoint(path) for path in arguments.beside}
-    text = table(results, comparison.budget)
+    text = table(results, comparison.of_recipe(BEFORE), comparison.budget)
     print(text)
     if arguments.table:
         Path(arguments.table).write_text(text + "\n", encoding="utf-8")

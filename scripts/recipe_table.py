@@ -45,10 +45,11 @@ def summarize(results: Mapping[str, Any], curve: str) -> dict[str, Any]:
         return area_under(times, quality[:, draw].mean(axis=1))
 
     count = quality.shape[1]
+    reaches = (layers.sum(axis=1) / tokens.sum(axis=1)).min() <= half
     return {
         "curve": curve,
         "full_depth": interval(lambda draw: quality[names.index(FULL_DEPTH), draw].mean(), count),
-        "at_half": interval(at_half, count),
+        "at_half": interval(at_half, count) if reaches else None,  # who always runs more has none
         "area": interval(area, count),
         "points": [
             {
@@ -91,14 +92,14 @@ def interval(statistic: Callable[[np.ndarray], float], count: int) -> Interval:
     return {"mean": mean, "low": float(found.low), "high": float(found.high)}
 
 
-def table(results: Mapping[str, Mapping[str, Any]], budget: str) -> str:
+def table(results: Mapping[str, Mapping[str, Any]], before: Mapping[str, Any], budget: str) -> str:
     """All recipes as a Markdown table, in their order, with 95 % intervals in brackets.
 
     Args:
         results: By name; of a checkpoint that was only judged, `cost` is None.
+        before: Of the checkpoint that all recipes started from.
         budget: In words.
     """
-    before = next((one for one in results.values() if one["cost"] and not one["cost"]["moved_parameters"]), None)
     lines = [
         f"Budget: {budget}. ROUGE-L x 100; 95 % intervals over inputs.",
         "",
@@ -109,7 +110,7 @@ def table(results: Mapping[str, Mapping[str, Any]], budget: str) -> str:
     return "\n".join(lines)
 
 
-def _line(name: str, one: Mapping[str, Any], before: Mapping[str, Any] | None) -> str:
+def _line(name: str, one: Mapping[str, Any], before: Mapping[str, Any]) -> str:
     points = one["curve"].partition(":")[2].replace(",", ", ")
     cells = [
         name,
@@ -124,16 +125,16 @@ def _line(name: str, one: Mapping[str, Any], before: Mapping[str, Any] | None) -
     return f"| {' | '.join(cells)} |"
 
 
-def _difference(one: Mapping[str, Any], before: Mapping[str, Any] | None) -> str:
+def _difference(one: Mapping[str, Any], before: Mapping[str, Any]) -> str:
     """Of full depth to that of the plain checkpoint, input by input."""
-    if before is None:
-        return "-"
-    pairs = zip(one["rougeL_of_full_depth"], before["rougeL_of_full_depth"])
+    pairs = zip(one["rougeL_of_full_depth"], before["rougeL_of_full_depth"], strict=True)
     differences = np.array([own - other for own, other in pairs])
     if not differences.any():
         return "0 (the same)"
     return _shown(interval(lambda draw: differences[draw].mean(), len(differences)), "+.1f")
 
 
-def _shown(found: Interval, style: str = ".1f") -> str:
+def _shown(found: Interval | None, style: str = ".1f") -> str:
+    if found is None:
+        return "-"
     return f"{found['mean']:{style}} ({found['low']:{style}} to {found['high']:{style}})"

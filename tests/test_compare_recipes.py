@@ -61,6 +61,13 @@ def test_figures_by_hand():
     assert found["area"]["low"] < found["area"]["mean"] < found["area"]["high"]
 
 
+def test_who_always_runs_more_than_half_has_no_quality_there():
+    found = results()
+    found["num_layers"] = 3
+    summary = summarize(found, CURVE) | {"cost": None}
+    assert summary["at_half"] is None and "| - |" in table({"deep": summary}, summary, "little").splitlines()[-1]
+
+
 def test_quality_outside_of_the_points_is_the_nearest_one():
     assert quality_at(1.0, np.array([4.0, 2.0]), np.array([9.0, 5.0])) == 5.0
     assert quality_at(3.0, np.array([4.0, 2.0]), np.array([9.0, 5.0])) == 7.0
@@ -86,7 +93,7 @@ def test_the_table_holds_full_depth_against_the_untrained_model():
         "cost": {"cpu_seconds": 12.3, "moved_parameters": 2_500_000},
         "rougeL_of_full_depth": [value - 5 for value in summary["rougeL_of_full_depth"]],
     }
-    *_, first, second = table({"lens": untouched, "other": losing}, "little").splitlines()
+    *_, first, second = table({"lens": untouched, "other": losing}, untouched, "little").splitlines()
     assert "| 0 (the same) |" in first and "| -5.0 (-5.0 to -5.0) |" in second and "| 12 | 2.50 M |" in second
 
 
