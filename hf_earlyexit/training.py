@@ -73,6 +73,7 @@ class EarlyExitTrainer(Seq2SeqTrainer):
         self.objective, self.evaluate_exits, self.command = objective, evaluate_exits, command
         # Has the library count the tokens of accumulated batches and of all processes for `compute_loss`.
         self.model_accepts_loss_kwargs = True
+        self.running_objective = objective  # prepared for the model as it is when a training begins
         self._resting: list[nn.Module] = []
         self._dropout = LayerDropout()
         self.add_callback(_AroundTraining(self))
@@ -203,7 +204,7 @@ class EarlyExitTrainer(Seq2SeqTrainer):
             return (output.loss, output) if return_outputs else output.loss
         for module in self._resting:
             module.eval()
-        objective = self.objective.at(self.state.global_step, self.state.max_steps)
+        objective = self.running_objective.at(self.state.global_step, self.state.max_steps)
         self._dropout.rates = objective.layer_dropout(self.model.config.num_decoder_layers)
         losses = model(**inputs, exit_objective=objective.token_losses).loss
         if num_items_in_batch is None:
@@ -282,7 +283,7 @@ class _AroundTraining(TrainerCallback):
             self._keep_classifiers_true()
         before, layers = trainer.measured(BEFORE), trainer.model.early_exit.exit_layers
         agreement = {layer: before[f"{BEFORE}_exit_{layer}_agreement"] for layer in layers}
-        trainer.objective = trainer.objective.prepared(agreement)
+        trainer.running_objective = trainer.objective.prepared(agreement)
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
         self._keep_classifiers_true()

@@ -200,12 +200,18 @@ def test_checkpoints_in_between_say_whether_classifiers_are_trained(tmp_path):
 def test_agreement_is_measured_before_training_unless_given(tmp_path):
     trainer = make_trainer(tiny(), tmp_path, "classifiers", max_steps=1)
     metrics = trainer.train().metrics
-    assert trainer.objective.agreement == tuple(metrics[f"before_exit_{layer}_agreement"] for layer in (1, 3, 5))
+    agreement = trainer.running_objective.agreement
+    assert agreement == tuple(metrics[f"before_exit_{layer}_agreement"] for layer in (1, 3, 5))
+    with torch.no_grad():
+        trainer.model.exit_heads.heads["3"].norm.weight.mul_(torch.linspace(-1, 1, 32))
+    trainer.train()
+    again = trainer.running_objective.agreement
+    assert again[1] != agreement[1] and again[0] == agreement[0], "another training measures anew"
     given = ExitClassifiers(agreement=(0.1, 0.2, 0.3))
     trainer = make_trainer(tiny(), tmp_path, "classifiers", max_steps=1)
     trainer.objective = given
     trainer.train()
-    assert trainer.objective == given
+    assert trainer.running_objective == given
 
 
 def test_training_the_model_makes_its_classifiers_untrained(tmp_path):
