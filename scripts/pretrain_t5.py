@@ -13,6 +13,7 @@ of `Seq2SeqTrainingArguments` are arguments here. The last line of stdout is JSO
 
 from __future__ import annotations
 
+import copy
 import json
 import shlex
 import sys
@@ -104,6 +105,7 @@ def main(argv: list[str] | None = None) -> None:
                 tokenizer.save_pretrained(folder)
         model = T5ForConditionalGeneration(config_of(shape, tokenizer))
     model.generation_config.max_new_tokens = data.max_target_tokens
+    generation_config = copy.deepcopy(model.generation_config)
     training.predict_with_generate = True
     examples = group_by_input(validation_pairs)[: data.max_validation_inputs]
     trainer = Seq2SeqTrainer(
@@ -120,6 +122,7 @@ def main(argv: list[str] | None = None) -> None:
     checkpoint = get_last_checkpoint(str(folder)) if run.resume and folder.is_dir() else None
     metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
     metrics |= {"validation_inputs": len(examples), **trainer.evaluate()}
+    model.generation_config = generation_config  # evaluation filled it with defaults, such as `max_length=20`
     trainer.save_state()
     trainer.save_model()
     if trainer.is_world_process_zero():

@@ -49,6 +49,7 @@ def test_a_plain_t5_of_texts(folder):
     assert tokenizer.decode(ids, skip_special_tokens=True) == text
     model, info = AutoModelForSeq2SeqLM.from_pretrained(folder / "straight", output_loading_info=True)
     assert not info["missing_keys"] and type(model).__name__ == "T5ForConditionalGeneration"
+    assert (model.generation_config.max_length, model.generation_config.max_new_tokens) == (None, 8)
     assert model.config.scale_decoder_outputs and model.config.tie_word_embeddings
     assert model.generate(**tokenizer(text, return_tensors="pt")).shape[1] <= 9
     card = (folder / "straight/README.md").read_text()
