@@ -21,7 +21,7 @@ from typing import NoReturn
 import torch
 from datasets import Dataset
 from huggingface_hub import ModelCardData
-from text_pairs import DataArguments, HelpFormatter, check_data, read_pairs, tokenize
+from text_pairs import DataArguments, HelpFormatter, check_data, on_hub, read_pairs, tokenize
 from torch.utils.data import DataLoader
 from transformers import AutoTokenizer, DataCollatorForSeq2Seq, HfArgumentParser, PreTrainedTokenizerBase
 
@@ -163,8 +163,7 @@ def save(
     trained = TrainedExits(
         folder.name, folder.name, model.early_exit, model.config.num_decoder_layers, metrics, how, ABOUT
     )
-    on_hub = None if Path(arguments.model).exists() else arguments.model
-    make_card(trained, ModelCardData(base_model=on_hub)).save(folder / "README.md")
+    make_card(trained, ModelCardData(base_model=on_hub(arguments.model))).save(folder / "README.md")
 
 
 if __name__ == "__main__":

@@ -13,11 +13,11 @@ import numpy as np
 from scipy.stats import bootstrap
 
 from hf_earlyexit.candidates import FULL_DEPTH
+from hf_earlyexit.intervals import RESAMPLES, SEED
 
 
 Interval = dict[str, float]
 LEAST_TIME, TIMES = 0.5, 501
-RESAMPLES = 2000
 COLUMNS = ("recipe", "asked at", "full depth", "against before", "at half of the layers", "area", "CPU s", "moved")
 
 
@@ -86,7 +86,7 @@ def interval(statistic: Callable[[np.ndarray], float], count: int) -> Interval:
     """A statistic of all inputs, and the limits of its bootstrap interval; it is handed the places that are drawn."""
     places = np.arange(count)
     mean = float(statistic(places))
-    options = {"n_resamples": RESAMPLES, "method": "percentile", "vectorized": False, "random_state": 0}
+    options = {"n_resamples": RESAMPLES, "method": "percentile", "vectorized": False, "random_state": SEED}
     with np.errstate(invalid="ignore"):
         found = bootstrap((places,), statistic, **options).confidence_interval
     return {"mean": mean, "low": float(found.low), "high": float(found.high)}

@@ -48,10 +48,5 @@ RECIPES: dict[str, Recipe] = {
     "self-distillation of shortcuts": Recipe(
         SelfDistillation("kl"), "both", "shortcut", learning_rate=3.0, shortcuts=True
     ),
-    "multi-exit, LoRA": Recipe(
-        MultiExit("uniform", last_again=True, distillation=0.5),
-        "LoRA, arXiv 2106.09685",
-        lora_rank=16,
-        learning_rate=3.0,
-    ),
+    "multi-exit, LoRA": Recipe(DISTILLED, "LoRA, arXiv 2106.09685", lora_rank=16, learning_rate=3.0),
 }

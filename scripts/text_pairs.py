@@ -42,6 +42,11 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
     """Shows defaults, and the description as it is written."""
 
 
+def on_hub(name: str | None) -> str | None:
+    """The name, unless it is a folder here: what a model card may link to."""
+    return None if name is None or Path(name).exists() else name
+
+
 def check_data(arguments: DataArguments) -> None:
     """Refuse what names no texts."""
     if (arguments.dataset is None) == (arguments.train_file is None):

@@ -30,6 +30,7 @@ from text_pairs import (
     HelpFormatter,
     RougeOfDistinctInputs,
     check_data,
+    on_hub,
     own_outputs,
     read_pairs,
     tokenize,
@@ -205,11 +206,6 @@ def exit_config(arguments: ModelArguments, objective: ObjectiveArguments) -> Ear
         per_layer, width = objective.classifier_per_layer, objective.classifier_width
         values["classifier"] = ClassifierConfig(objective.classifier or "linear", not per_layer, width)
     return EarlyExitConfig(**values).for_layers(checkpoint.num_decoder_layers)
-
-
-def on_hub(name: str | None) -> str | None:
-    """The name, unless it is a folder here: what a model card may link to."""
-    return None if name is None or Path(name).exists() else name
 
 
 def train(trainer: EarlyExitTrainer, resume: bool) -> dict[str, float]:
