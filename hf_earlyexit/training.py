@@ -5,7 +5,6 @@ What is trained towards is an objective (`objectives`); this file never looks in
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,8 +14,7 @@ import torch
 import transformers
 from huggingface_hub import ModelCardData
 from torch import nn
-from torch.utils.data import Sampler, SequentialSampler
-from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, TrainerCallback
+from transformers import Seq2SeqTrainingArguments, TrainerCallback
 from transformers.trainer_utils import TrainOutput
 
 from hf_earlyexit.exit_report import CountExits, summarize
@@ -25,12 +23,13 @@ from hf_earlyexit.model_card import TrainedExits, make_card
 from hf_earlyexit.models import EarlyExitT5ForConditionalGeneration
 from hf_earlyexit.objectives import Objective
 from hf_earlyexit.settings import ExitSettings
+from hf_earlyexit.text_trainer import TextTrainer
 
 
 BEFORE, AFTER = "before", "after"
 
 
-class EarlyExitTrainer(Seq2SeqTrainer):
+class EarlyExitTrainer(TextTrainer):
     """A `Seq2SeqTrainer` for exits: its arguments, and an objective.
 
     The loss of a step is the mean over all its tokens, whatever the number of accumulated batches and of processes.
@@ -182,18 +181,6 @@ class EarlyExitTrainer(Seq2SeqTrainer):
             counts = self.model(**self._prepare_inputs(inputs), exit_objective=count).loss
             total = total + self.accelerator.gather_for_metrics(counts).double().sum(dim=0)
         return summarize(total, self.model.early_exit, self.model.config.num_decoder_layers)
-
-    def _get_eval_sampler(self, eval_dataset) -> Sampler | None:
-        """In order: the library follows the training's `train_sampling_strategy`, and texts lose their references."""
-        return SequentialSampler(eval_dataset)
-
-    def prediction_step(self, *args, **kwargs):
-        """As the library's, which fills the model's `generation_config` with defaults; here it stays as it was."""
-        kept = copy.deepcopy(self.model.generation_config)
-        try:
-            return super().prediction_step(*args, **kwargs)
-        finally:
-            self.model.generation_config = kept
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch=None

@@ -13,7 +13,6 @@ of `Seq2SeqTrainingArguments` are arguments here. The last line of stdout is JSO
 
 from __future__ import annotations
 
-import copy
 import json
 import shlex
 import sys
@@ -29,11 +28,11 @@ from text_pairs import DataArguments, HelpFormatter, RougeOfDistinctInputs, chec
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 from tokenizers.decoders import Metaspace
 from transformers import (
+    Adafactor,
     AutoTokenizer,
     DataCollatorForSeq2Seq,
     HfArgumentParser,
     PreTrainedTokenizerFast,
-    Seq2SeqTrainer,
     Seq2SeqTrainingArguments,
     T5Config,
     T5ForConditionalGeneration,
@@ -43,6 +42,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from hf_earlyexit.data import group_by_input
 from hf_earlyexit.metrics import ROUGE_TYPES
+from hf_earlyexit.text_trainer import TextTrainer
 
 
 PAD, END, UNKNOWN = "<pad>", "</s>", "<unk>"
@@ -69,9 +69,13 @@ class RunArguments:
     start_from: str | None = field(
         default=None, metadata={"help": "a plain T5 to go on from, with its tokenizer and shape, in place of scratch"}
     )
-    denoising: bool = field(
+    denoising_words: int | None = field(
+        default=None,
+        metadata={"help": "learn to restore stretches of so many words of inputs, too: short ones teach reading soon"},
+    )
+    scaled_steps: bool = field(
         default=False,
-        metadata={"help": "learn to restore each input from which words were deleted, too: few targets teach little"},
+        metadata={"help": "Adafactor with steps in proportion to the weights, as T5; wants rates of 0.01 to 0.02"},
     )
     resume: bool = field(default=False, metadata={"help": "go on from the last checkpoint in --output_dir, if any"})
 
@@ -84,15 +88,13 @@ def main(argv: list[str] | None = None) -> None:
     shape, data, run, training = parser.parse_args_into_dataclasses(argv)
     try:
         check_shape(shape)
-        check_start(run.start_from, shape)
+        check_run(run, shape, training)
         check_data(data)
         train_pairs, validation_pairs = read_pairs(data)
     except (ValueError, OSError) as error:  # the user's to mend, and nothing has been done yet
         print(f"{parser.prog}: error: {error} See --help.", file=sys.stderr)
         sys.exit(2)
     folder = Path(training.output_dir)
-    if run.denoising:
-        train_pairs = [*train_pairs, *denoising_pairs(train_pairs, data.prefix, training.seed)]
     set_seed(training.seed)
     if run.start_from is not None:
         tokenizer = AutoTokenizer.from_pretrained(run.start_from)
@@ -104,11 +106,12 @@ def main(argv: list[str] | None = None) -> None:
                 tokenizer = train_tokenizer((text for pair in train_pairs for text in pair), shape.vocab_size)
                 tokenizer.save_pretrained(folder)
         model = T5ForConditionalGeneration(config_of(shape, tokenizer))
+    if run.denoising_words is not None:
+        train_pairs += list(denoising_pairs(train_pairs, data.prefix, run.denoising_words, training.seed))
     model.generation_config.max_new_tokens = data.max_target_tokens
-    generation_config = copy.deepcopy(model.generation_config)
     training.predict_with_generate = True
     examples = group_by_input(validation_pairs)[: data.max_validation_inputs]
-    trainer = Seq2SeqTrainer(
+    trainer = TextTrainer(
         model,
         training,
         train_dataset=tokenize(tokenizer, train_pairs, data),
@@ -116,13 +119,13 @@ def main(argv: list[str] | None = None) -> None:
         data_collator=DataCollatorForSeq2Seq(tokenizer, model=model),
         processing_class=tokenizer,
         compute_metrics=RougeOfDistinctInputs(tokenizer, examples),
+        optimizers=(scaled_steps(model.parameters(), training) if run.scaled_steps else None, None),
     )
     # T5 takes `num_items_in_batch` and ignores it: whoever believes it was heeded adds accumulated losses up.
     trainer.model_accepts_loss_kwargs = False
     checkpoint = get_last_checkpoint(str(folder)) if run.resume and folder.is_dir() else None
     metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
     metrics |= {"validation_inputs": len(examples), **trainer.evaluate()}
-    model.generation_config = generation_config  # evaluation filled it with defaults, such as `max_length=20`
     trainer.save_state()
     trainer.save_model()
     if trainer.is_world_process_zero():
@@ -147,8 +150,15 @@ def check_shape(shape: ShapeArguments) -> None:
         raise ValueError(f"--num_heads {shape.num_heads} must divide --d_model {shape.d_model}.")
 
 
-def check_start(start_from: str | None, shape: ShapeArguments) -> None:
-    """Refuse a shape that the checkpoint gone on from would not have."""
+def check_run(run: RunArguments, shape: ShapeArguments, training: Seq2SeqTrainingArguments) -> None:
+    """Refuse stretches without words, two optimizers, and a shape that the checkpoint gone on from would not have."""
+    if run.scaled_steps and training.optim != Seq2SeqTrainingArguments.optim:
+        raise ValueError(
+            f"--optim {training.optim.value} does not go with --scaled_steps, which is one: leave it out."
+        )
+    if run.denoising_words is not None and run.denoising_words < 1:
+        raise ValueError(f"--denoising_words must be positive, got {run.denoising_words}.")
+    start_from = run.start_from
     if start_from is None:
         return
     if Path(start_from).exists() and not (Path(start_from) / "config.json").is_file():
@@ -180,16 +190,31 @@ def known_tokenizer(folder: Path) -> PreTrainedTokenizerFast | None:
     return AutoTokenizer.from_pretrained(folder) if (folder / "tokenizer.json").is_file() else None
 
 
-def denoising_pairs(pairs: Iterable[tuple[str, str]], prefix: str, seed: int) -> Iterator[tuple[str, str]]:
-    """Inputs to restore from which words are missing (token deletion of BART, arXiv 1910.13461, of whole words).
+def denoising_pairs(
+    pairs: Iterable[tuple[str, str]], prefix: str, length: int, seed: int
+) -> Iterator[tuple[str, str]]:
+    """Stretches of inputs to restore from which words are missing (BART's token deletion, arXiv 1910.13461, of words).
 
-    Targets of summaries are a few tokens, and say little of how to read; whole inputs say more.
+    Targets of summaries are a few tokens, and say little of how to read. To find a word in the input in order to copy
+    it is learnt the sooner the fewer there are, so `length` is the words of one stretch.
     """
     random = Random(seed)
     for source, _ in pairs:
-        text = source.removeprefix(prefix)
-        kept = [word for word in text.split(" ") if random.random() >= DELETED]
-        yield f"{RESTORE}{' '.join(kept)}", text
+        words = source.removeprefix(prefix).split(" ")
+        for start in range(0, len(words), length):
+            stretch = words[start : start + length]
+            if kept := [word for word in stretch if random.random() >= DELETED]:
+                yield f"{RESTORE}{' '.join(kept)}", " ".join(stretch)
+
+
+def scaled_steps(weights: Iterable[torch.nn.Parameter], training: Seq2SeqTrainingArguments) -> Adafactor:
+    """What T5 was pretrained with (arXiv 1910.10683, section 3.1.2): Adafactor with the steps that its paper defines.
+
+    A step is in proportion to the root mean square of its weight matrix (arXiv 1804.04235, section 8), so embeddings,
+    which start at 1, move as readily as the small matrices. `--optim adafactor` of Trainer leaves that out.
+    """
+    rates = {"lr": training.learning_rate, "weight_decay": training.weight_decay}
+    return Adafactor(weights, scale_parameter=True, relative_step=False, warmup_init=False, **rates)
 
 
 def config_of(shape: ShapeArguments, tokenizer: PreTrainedTokenizerFast) -> T5Config:
@@ -213,7 +238,7 @@ def config_of(shape: ShapeArguments, tokenizer: PreTrainedTokenizerFast) -> T5Co
 
 
 def card(
-    trainer: Seq2SeqTrainer, metrics: dict[str, float], data: DataArguments, run: RunArguments, command: str
+    trainer: TextTrainer, metrics: dict[str, float], data: DataArguments, run: RunArguments, command: str
 ) -> ModelCard:
     """What it is, what it scores, how it was trained."""
     config, args = trainer.model.config, trainer.args
@@ -221,7 +246,9 @@ def card(
     front = ModelCardData(library_name="transformers", pipeline_tag="text2text-generation")
     parameters = sum(weight.numel() for weight in trainer.model.parameters())
     start = "from scratch" if run.start_from is None else f"further than {Path(run.start_from).name}"
-    also = ", and on restoring inputs from which words were deleted" if run.denoising else ""
+    denoising = f", and on restoring stretches of {run.denoising_words} words from which some were deleted"
+    also = denoising if run.denoising_words is not None else ""
+    optimizer = "Adafactor, scaled steps" if run.scaled_steps else args.optim.value
     rouge = " / ".join(f"{100 * metrics[f'eval_{kind}']:.1f}" for kind in ROUGE_TYPES)
     text = f"""---
 {front.to_yaml()}
@@ -241,7 +268,7 @@ layers, width {config.d_model}, {config.vocab_size} pieces, {parameters / 1e6:.1
 
 Trained for {trainer.state.global_step} steps, {trainer.state.epoch:.2f} epochs, batches of
 {args.train_batch_size * args.gradient_accumulation_steps * args.world_size} rows, learning rate
-{args.learning_rate:g} ({args.lr_scheduler_type.value}); transformers {transformers.__version__}, torch
+{args.learning_rate:g} ({args.lr_scheduler_type.value}, {optimizer}); transformers {transformers.__version__}, torch
 {torch.__version__}.
 
 ```bash

@@ -9,7 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
+import torch
+from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, Seq2SeqTrainingArguments
 
 from hf_earlyexit import EarlyExitT5ForConditionalGeneration
 from tests.test_data import write
@@ -55,14 +56,16 @@ def test_a_plain_t5_of_texts(folder):
     card = (folder / "straight/README.md").read_text()
     assert f"/ {100 * metrics['eval_rougeL']:.1f} |" in card and "python scripts/pretrain_t5.py" in card
 
-    options = "--output_dir further --max_steps 1 --start_from straight --denoising"
+    options = "--output_dir further --max_steps 1 --start_from straight --denoising_words 3 --scaled_steps"
     further = run(folder, *options.split(), shape="")
     assert further.returncode == 0, further.stderr[-3000:]
     assert AutoTokenizer.from_pretrained(folder / "further").get_vocab() == tokenizer.get_vocab()
     weights = AutoModelForSeq2SeqLM.from_pretrained(folder / "further").state_dict()
-    change = max((weights[name] - weight).abs().max() for name, weight in model.state_dict().items())
-    assert 0 < change < 0.05, "one step away from where it started"
-    assert "further than straight on pairs of texts, and on restoring" in (folder / "further/README.md").read_text()
+    changes = [((weights[name] - weight).norm() / weight.norm()).item() for name, weight in model.state_dict().items()]
+    assert max(changes) < 0.0101 and min(changes) > 0, "one step of 1 % of each weight's size"
+    card = (folder / "further/README.md").read_text()
+    assert "further than straight on pairs of texts, and on restoring stretches of 3 words" in card
+    assert "(linear, Adafactor, scaled steps)" in card
 
     (folder / "straight/checkpoint-4").rename(folder / "moved")
     again = run(folder, "--output_dir", "straight", "--max_steps", "4", "--save_steps", "2", "--resume")
@@ -72,16 +75,58 @@ def test_a_plain_t5_of_texts(folder):
     assert EarlyExitT5ForConditionalGeneration.from_pretrained(folder / "straight").early_exit.exit_layers == (1, 2)
 
 
-def test_inputs_are_restored_from_fewer_words():
+def test_texts_are_judged_by_their_own_references(folder, tmp_path, monkeypatch):
+    """Also where training batches have inputs of like length, which the library then does in evaluation, too."""
+    sys.path.insert(0, str(SCRIPT.parent))
+    import pretrain_t5
+
+    judged = []
+
+    class Recording(pretrain_t5.RougeOfDistinctInputs):
+        def __call__(self, prediction):
+            judged.extend(self.tokenizer.batch_decode(prediction.label_ids.clip(0), skip_special_tokens=True))
+            assert [one.references[0][: len(text)] for one, text in zip(self.examples, judged)] == judged
+            return super().__call__(prediction)
+
+    monkeypatch.setattr(pretrain_t5, "RougeOfDistinctInputs", Recording)
+    monkeypatch.chdir(folder)
+    data = "--train_file train.jsonl --validation_file validation.jsonl --per_device_eval_batch_size 1"
+    options = f"--output_dir {tmp_path} --max_steps 1 --train_sampling_strategy group_by_length --save_strategy no"
+    pretrain_t5.main([*data.split(), *SHAPE.split(), *QUICK.split(), *options.split()])
+    assert len(set(judged)) > 2
+
+
+def test_stretches_are_restored_from_fewer_words():
     sys.path.insert(0, str(SCRIPT.parent))
     from pretrain_t5 import denoising_pairs
 
     text = " ".join(map(str, range(1000)))
-    [(source, target)] = denoising_pairs([(f"summarize: {text}", "numbers")], "summarize: ", seed=0)
+    pairs = [(f"summarize: {text}", "numbers")]
+    [(source, target)] = denoising_pairs(pairs, "summarize: ", 1000, seed=0)
     left = source.removeprefix("restore: ").split(" ")
     assert target == text and source.startswith("restore: ")
     assert sorted(left, key=int) == left and 800 < len(left) < 900
-    assert list(denoising_pairs([("a b c d", "")], "", 1)) == list(denoising_pairs([("a b c d", "")], "", 1))
+    stretches = list(denoising_pairs(pairs, "summarize: ", 300, seed=0))
+    assert [len(target.split(" ")) for _, target in stretches] == [300, 300, 300, 100]
+    assert " ".join(target for _, target in stretches) == text
+    for source, target in stretches:
+        left, known = source.removeprefix("restore: ").split(" "), target.split(" ")
+        assert set(left) < set(known) and sorted(left, key=int) == left and len(left) > 0.7 * len(known)
+    single = list(denoising_pairs(pairs, "summarize: ", 1, seed=0))
+    assert 800 < len(single) < 900 and all(source == f"restore: {target}" for source, target in single)
+    assert stretches == list(denoising_pairs(pairs, "summarize: ", 300, seed=0))
+
+
+def test_scaled_steps_are_in_proportion_to_the_weight(tmp_path):
+    sys.path.insert(0, str(SCRIPT.parent))
+    from pretrain_t5 import scaled_steps
+
+    small, large = torch.full((4, 4), 0.01, requires_grad=True), torch.full((4, 4), 1.0, requires_grad=True)
+    optimizer = scaled_steps([small, large], Seq2SeqTrainingArguments(str(tmp_path), learning_rate=0.01))
+    (small.sum() + large.sum()).backward()
+    optimizer.step()
+    assert (0.01 - small.mean().item()) == pytest.approx(0.01 * 0.01, rel=1e-3)
+    assert (1.0 - large.mean().item()) == pytest.approx(0.01 * 1.0, rel=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -91,6 +136,8 @@ def test_inputs_are_restored_from_fewer_words():
         ({"num_heads": 3}, "--num_heads 3 must divide --d_model 256"),
         ({"dropout": 1.0}, "--dropout must be in"),
         ({"d_ff": 0}, "--d_ff must be positive, got 0"),
+        ({"denoising_words": 0}, "--denoising_words must be positive, got 0"),
+        ({"optim": "adafactor", "scaled_steps": True}, "--optim adafactor does not go with --scaled_steps"),
         ({"d_ff": 8, "start_from": "plain"}, "--d_ff does not go with --start_from"),
     ],
 )
