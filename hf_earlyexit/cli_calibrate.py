@@ -148,7 +148,10 @@ def decoding_of(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def save(model, tokenizer, certificate, arguments: argparse.Namespace) -> None:
-    """The checkpoint with its certificate: the files as they are where it is one of ours on disk, else saved anew."""
+    """The checkpoint with its certificate: the files as they are where it is one of ours on disk, else saved anew. A
+    model card that is among them says what is promised."""
+    from hf_earlyexit.card_sections import PROMISE, add_section, promise_section
+
     model.certify(certificate)
     source, folder = Path(model_path(arguments)), Path(arguments.output_dir)
     if not is_early_exit_checkpoint(source):
@@ -160,6 +163,8 @@ def save(model, tokenizer, certificate, arguments: argparse.Namespace) -> None:
     model.config.save_pretrained(folder)  # with the certified dtype, in which it will be loaded
     model.generation_config.save_pretrained(folder)
     certificate.save(folder)
+    if (card := folder / "README.md").is_file():
+        add_section(card, PROMISE, promise_section(certificate))
 
 
 def is_early_exit_checkpoint(folder: Path) -> bool:
@@ -170,19 +175,9 @@ def is_early_exit_checkpoint(folder: Path) -> bool:
 
 def describe(certificate) -> str:
     """The table of what was tested, and what is promised."""
-    rows = [
-        (
-            row["name"],
-            f"{row['mean']:.4f}",
-            f"{row['upper_bound']:.4f}",
-            "-" if row["p_value"] is None else f"{row['p_value']:.3g}",
-            f"{row['cost']:.2f}",
-            "yes" if row["accepted"] else "no",
-        )
-        for row in certificate.table
-    ]
-    header = ("tested", "mean loss", "upper bound", "p-value", certificate.cost["unit"], "keeps the target")
-    return f"{terminal.table(header, rows)}\n\n{terminal.paragraph(certificate.in_words(), 110)}"
+    from hf_earlyexit.card_sections import tests_of
+
+    return f"{terminal.table(*tests_of(certificate))}\n\n{terminal.paragraph(certificate.in_words(), 110)}"
 
 
 # --- verify-certificate ---------------------------------------------------------------------------------------------

@@ -46,7 +46,7 @@ Draw the results of an evaluation as one HTML file that opens offline, and as PN
 REPORT_EXAMPLE = """\
 example:
   hf-earlyexit report results.json
-  hf-earlyexit report results.json --html report.html --png figures
+  hf-earlyexit report results.json --html report.html --png figures --card certified/README.md
 """
 
 
@@ -163,16 +163,24 @@ def add_report_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("results", metavar="RESULTS", help="what `hf-earlyexit evaluate` wrote")
     parser.add_argument("--html", metavar="FILE", help="the page (RESULTS with .html)")
     parser.add_argument("--png", metavar="FOLDER", help="where to write the figures, too (nowhere)")
+    parser.add_argument("--card", metavar="FILE", help="a model card that is to say what came out, too (none)")
 
 
 def report(arguments: argparse.Namespace) -> int:
     """The verb `report`."""
     html = arguments.html or str(Path(arguments.results).with_suffix(".html"))
     check_file("--html", html)
+    if arguments.card is not None and not Path(arguments.card).is_file():
+        raise ValueError(f"--card {arguments.card} is no file: name the README.md of a checkpoint")
+    from hf_earlyexit.card_sections import WORTH, add_section, worth_section
     from hf_earlyexit.report import read_results, write_report
 
-    for path in write_report(read_results(arguments.results), html, arguments.png):
+    results = read_results(arguments.results)
+    for path in write_report(results, html, arguments.png):
         print(path)
+    if arguments.card is not None:
+        add_section(arguments.card, WORTH, worth_section(results))
+        print(arguments.card)
     return 0
 
 

@@ -29,6 +29,7 @@ FULL_DEPTH_ROWS = {
     "rouge2": "ROUGE-2",
     "rougeL": "ROUGE-L",
 }
+PIPE = r"\|"
 HIGHER_BY_100 = ("rouge1", "rouge2", "rougeL")
 
 TEMPLATE = """\
@@ -136,9 +137,9 @@ def exit_table(metrics: Mapping[str, float], layers: Sequence[int]) -> str:
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table in Markdown."""
+    """A table in Markdown; what would end a cell is escaped."""
     lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return "\n".join(f"| {' | '.join(cell.replace('|', PIPE) for cell in line)} |" for line in lines)
 
 
 def _number(value: float | None, name: str) -> str:

@@ -57,6 +57,8 @@ def test_calibrate_saves_a_checkpoint_that_leaves_as_certified(certified, capsys
     batch = tokenizer([default_examples()[50].source], return_tensors="pt")
     output = model.generate(**batch, strict_certificate=True, return_dict_in_generate=True)
     assert output.sequences.shape[1] <= 7 and set(output.layers_run.flatten().tolist()) <= {1, 2, 8}
+    card, shipped = ((folder / "README.md").read_text() for folder in (certified, CHECKPOINT))
+    assert card.startswith(shipped.rstrip()) and certificate.in_words() in card.removeprefix(shipped.rstrip())
     with open(certified.parent / "losses.csv", newline="") as file:
         rows = list(csv.reader(file))
     assert len(rows) == 17 and rows[0][1:] == [row["name"] for row in certificate.table]
@@ -106,6 +108,14 @@ def test_evaluate_and_report(tmp_path, capsys):
     written = capsys.readouterr().out.split()
     assert written[0] == str(tmp_path / "results.html") and all(Path(path).is_file() for path in written)
     assert "classifier 0.7" in Path(written[0]).read_text() and len(written) > 3
+    card = tmp_path / "README.md"
+    card.write_text("# A model\n")
+    assert main(["report", str(output), "--card", str(card)]) == 0
+    assert (
+        card.read_text().startswith("# A model\n\n## What early exit is worth\n")
+        and "| classifier 0.7 |" in card.read_text()
+    )
+    assert capsys.readouterr().out.splitlines()[-1] == str(card)
     assert str(tmp_path / "figures/oracle.png") in written and list(results["oracle"]["curves"]) == ["classifier"]
 
 
@@ -165,6 +175,7 @@ def test_unseen_inputs_are_those_of_the_report_part(certified, tmp_path):
         (["evaluate", "--output", "x", "--device", "nonsense"], "--device nonsense cannot be used"),
         (["report", "rows.csv"], "rows.csv is not JSON"),
         (["report", "nowhere.json"], "nowhere.json: No such file"),
+        (["report", "rows.csv", "--card", "README.md"], "--card README.md is no file"),
         (["report", "rows.csv", "--html", "no/where.html"], "--html: there is no folder"),
     ],
 )

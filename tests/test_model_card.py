@@ -5,7 +5,7 @@ from __future__ import annotations
 from huggingface_hub import ModelCard, ModelCardData
 
 from hf_earlyexit import ClassifierConfig, EarlyExitConfig
-from hf_earlyexit.model_card import TrainedExits, exit_table, make_card
+from hf_earlyexit.model_card import TrainedExits, exit_table, make_card, markdown_table
 
 
 MEASURED = {
@@ -24,6 +24,10 @@ def card(classifier: ClassifierConfig | None = None, **metrics: float) -> str:
     exits = EarlyExitConfig((2, 4), "shared", classifier).for_layers(6)
     trained = TrainedExits("exits", "some/exits", exits, 6, metrics, "By hand.", "It describes.")
     return str(make_card(trained, ModelCardData(license="apache-2.0", tags=["own"], datasets="e2e_nlg")))
+
+
+def test_what_would_end_a_cell_is_escaped():
+    assert markdown_table(["a|b"], [["c"]]) == "| a\\|b |\n| --- |\n| c |"
 
 
 def test_the_card_has_what_was_measured():

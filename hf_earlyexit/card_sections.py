@@ -1,0 +1,106 @@
+"""Answers for what a model card says of exits in use: what they are worth, and what is promised of them.
+
+Both sections are made of what was measured, and take the place of what the card said of it before. Knows no model.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from hf_earlyexit.certificate import Certificate
+from hf_earlyexit.model_card import markdown_table
+from hf_earlyexit.questions import CLOCKS, Results, choices, clock, time_ratio
+from hf_earlyexit.report import fixed, summary
+
+
+WORTH, PROMISE = "What early exit is worth", "What is promised"
+ENVIRONMENT = ("cpu", "cores", "torch threads", "cuda", "hf_earlyexit", "transformers", "torch")  # what of it is said
+
+
+def add_section(path: str | Path, title: str, body: str) -> None:
+    """Write a section into the file of a card, in place of the one of this title, or at the end."""
+    card = Path(path)
+    card.write_text(with_section(card.read_text(encoding="utf-8"), title, body), encoding="utf-8")
+
+
+def with_section(card: str, title: str, body: str) -> str:
+    """The card with this section. One ends where the next heading of two signs stands."""
+    section = f"## {title}\n\n{body.strip()}\n"
+    own = re.search(rf"^## {re.escape(title)}[ \t]*$", card, re.MULTILINE)
+    if own is None:
+        return f"{card.rstrip()}\n\n{section}"
+    following = re.compile("^## ", re.MULTILINE).search(card, own.end())
+    return card[: own.start()] + section + (f"\n{card[following.start() :]}" if following else "")
+
+
+# --- what is promised -----------------------------------------------------------------------------------------------
+
+
+def promise_section(certificate: Certificate) -> str:
+    """The promise in words, and every setting that was tested."""
+    words = certificate.in_words()
+    header, rows = tests_of(certificate)
+    return f"{words}\n\n{markdown_table(header, rows)}" if rows else words
+
+
+def tests_of(certificate: Certificate) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """The tests of a certificate, in their order, as the header and the rows of a table."""
+    header = ("tested", "mean loss", "upper bound", "p-value", certificate.cost["unit"], "keeps the target")
+    rows = [
+        (
+            row["name"],
+            f"{row['mean']:.4f}",
+            f"{row['upper_bound']:.4f}",
+            "-" if row["p_value"] is None else f"{row['p_value']:.3g}",
+            f"{row['cost']:.2f}",
+            "yes" if row["accepted"] else "no",
+        )
+        for row in certificate.table
+    ]
+    return header, rows
+
+
+# --- what early exit is worth ---------------------------------------------------------------------------------------
+
+
+def worth_section(results: Results) -> str:
+    """An evaluation: its summary, a row for each setting, and how it was measured."""
+    sizes = sorted({cell["batch_size"] for cell in results["cells"]})
+    header = ["", "layers", "ROUGE-L (95 %)", "as full depth", *(f"time, batch {size}" for size in sizes)]
+    rows = [_row(results, key, sizes) for key in results["quality"]]
+    return "\n\n".join(
+        [" ".join(summary(results, choices(results))), markdown_table(header, rows), _measured(results)]
+    )
+
+
+def _row(results: Results, key: str, sizes: list[int]) -> list[str]:
+    """A setting; where rows wait for each other by another rule, whose name it has, in batches of one size."""
+    quality = results["quality"][key]
+    score, agreement = quality["scores"]["rougeL"], quality["scores"]["consistency"]["mean"]
+    times = {
+        cell["batch_size"]: f"{fixed(time_ratio(results, cell)['median'], 2)}x"
+        for cell in results["cells"]
+        if cell["quality"] == key
+    }
+    return [
+        quality["name"] if quality["batch_exit"] == "row" else f"{quality['name']}, {quality['batch_exit']}",
+        fixed(quality["mean_layers"]["mean"], 2),
+        f"{fixed(score['mean'])} ({fixed(score['low'])} to {fixed(score['high'])})",
+        fixed(agreement),
+        *(times.get(size, "") for size in sizes),
+    ]
+
+
+def _measured(results: Results) -> str:
+    """On what, with what, how busy the machine was."""
+    asked, here = results["asked"], results["environment"]
+    loads = [cell["load"][0] for cell in results["cells"]]
+    machine = ", ".join(f"{name} {here[name]}" for name in ENVIRONMENT if name in here)
+    return (
+        f"{results['inputs']['count']} inputs of {asked['data']}, at most {asked['max_new_tokens']} new tokens, "
+        f"{asked['dtype']}; as full depth: ROUGE-L against full depth's text. Times are `generate`'s, encoder "
+        "included, over those of stock Transformers at full depth, taking turns: medians of "
+        f"{asked['rounds']} batches by the {CLOCKS[clock(results)]}; load average {fixed(min(loads))} to "
+        f"{fixed(max(loads))}. {results['started']}; {machine}."
+    )
