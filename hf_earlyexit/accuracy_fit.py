@@ -15,6 +15,7 @@ from hf_earlyexit.candidates import full_depth
 from hf_earlyexit.data import Example
 from hf_earlyexit.forced import force
 from hf_earlyexit.policies import CRITERIA
+from hf_earlyexit.refusals import refuse_training_mode
 from hf_earlyexit.settings import ExitSettings
 from hf_earlyexit.writing import Writer
 
@@ -50,10 +51,12 @@ def fit_exit_accuracy(
         least_tokens, levels: As for `fit_accuracy`.
 
     Raises:
-        ValueError: The criterion or an exit layer is none of the model's, there is no input, or too few tokens.
+        ValueError: The criterion or an exit layer is none of the model's, there is no input, too few tokens, or the
+            model is in training mode.
     """
     if criterion not in WRAPPED:
         raise ValueError(f"`criterion` must be one of {list(WRAPPED)}, got {criterion!r}.")
+    refuse_training_mode(model)
     if not examples:
         raise ValueError("`examples` must have at least one input, got none.")
     asked = {"exit_criterion": criterion, "exit_threshold": 1.0, "exit_layers": exit_layers}

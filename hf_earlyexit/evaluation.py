@@ -38,6 +38,7 @@ from hf_earlyexit.metrics import Bleu, exact_match, rouge_scores, textual_consis
 from hf_earlyexit.models import EarlyExitT5ForConditionalGeneration
 from hf_earlyexit.oracle_curves import oracle_values
 from hf_earlyexit.policies import CRITERIA
+from hf_earlyexit.refusals import refuse_training_mode
 from hf_earlyexit.reliability import reliability
 from hf_earlyexit.settings import ExitSettings
 from hf_earlyexit.stock import stock_generate, stock_of
@@ -95,6 +96,7 @@ class _Evaluation:
 
     def __init__(self, model, tokenizer, examples, grid: Grid, generation, max_source_tokens, path, data_name: str):
         require("scipy.stats", "calibrate")  # here too, so that it does not come out after hours of generating
+        refuse_training_mode(model)
         _refuse_unjudgeable(examples)
         self.tokenizer, self.started = tokenizer, date.today().isoformat()
         self.certificate = model.exit_certificate

@@ -17,6 +17,7 @@ from hf_earlyexit.data import Example
 from hf_earlyexit.labelled import IGNORED, LabelledExits
 from hf_earlyexit.patience import Streaks
 from hf_earlyexit.policies import CRITERIA, ExitCriterion
+from hf_earlyexit.refusals import refuse_training_mode
 from hf_earlyexit.writing import Text, Writer
 
 
@@ -124,8 +125,9 @@ def force(
         exit_layers: Where, ascending; at all exit points of the model if None.
 
     Raises:
-        ValueError: There is no input, or a criterion has candidates.
+        ValueError: There is no input, a criterion has candidates, or the model is in training mode.
     """
+    refuse_training_mode(writer.model)
     if not examples or len(texts) != len(examples):
         raise ValueError(f"`texts` must have one for each input, of which there is at least one: got {len(texts)}.")
     ask, found, start = AskExits(criteria, exit_layers), [], 0

@@ -28,6 +28,7 @@ from hf_earlyexit.journal import Journal
 from hf_earlyexit.loss_table import LossTable, record_losses, times_beside_stock
 from hf_earlyexit.models import EarlyExitT5ForConditionalGeneration
 from hf_earlyexit.promise import Promise, units_of
+from hf_earlyexit.refusals import refuse_training_mode
 from hf_earlyexit.search import Search, curves_of, pareto_front
 from hf_earlyexit.settings import ExitSettings
 from hf_earlyexit.stock import stock_of
@@ -129,7 +130,7 @@ class _Calibrator:
         self.model, self.promise, self.use, self.search = uncertified(model), promise, use, search
         self.tokenizer = tokenizer
         require("scipy.stats", "calibrate")  # here too, so that it does not come out after hours of generating
-        _refuse_training(model)
+        refuse_training_mode(model)
         self.candidates = search.candidates(model, use.exits)
         self.finalists = min(search.finalists, len(curves_of(self.candidates)))
         _refuse_repeated(examples)
@@ -336,11 +337,6 @@ class _Calibrator:
         if self.search.cost == "layers":
             return "decoder layers per token"
         return f"of stock's time, batch {self.use.batch_size}"
-
-
-def _refuse_training(model) -> None:
-    if model.training:
-        raise ValueError("`model` is in training mode: call `model.eval()`.")
 
 
 def _refuse_repeated(examples: Sequence[Example]) -> None:

@@ -19,6 +19,7 @@ from hf_earlyexit.config import check_exit_layers
 from hf_earlyexit.forced import AskExits, ForcedTokens
 from hf_earlyexit.labelled import IGNORED
 from hf_earlyexit.models import EarlyExitT5ForConditionalGeneration
+from hf_earlyexit.refusals import refuse_training_mode
 from hf_earlyexit.settings import ExitSettings
 
 
@@ -153,8 +154,7 @@ def oracle_exits(
 
 def _checked(model, inputs: Mapping[str, Any], exit_layers: Sequence[int] | None, generation: Mapping[str, Any]):
     """The exit layers asked about, everything else being legal."""
-    if model.training:
-        raise ValueError("`model` is in training mode, where dropout would decide who agrees: call `model.eval()`.")
+    refuse_training_mode(model)
     missing, unknown = [name for name in NEEDED if name not in inputs], sorted({*inputs} - {*NEEDED, *PROMPT})
     if missing or unknown:
         raise ValueError(

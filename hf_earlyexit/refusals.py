@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from transformers import GenerationConfig
+from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation import GenerationMode
 
 from hf_earlyexit import attention
@@ -20,6 +20,16 @@ MODES = (
     GenerationMode.BEAM_SEARCH,
     GenerationMode.BEAM_SAMPLE,
 )
+
+
+def refuse_training_mode(model: PreTrainedModel) -> None:
+    """Refuse a model with dropout on, by anyone who measures what it says.
+
+    Raises:
+        ValueError: It is in training mode.
+    """
+    if model.training:
+        raise ValueError("`model` is in training mode, where dropout would have its say: call `model.eval()`.")
 
 
 def refuse(problems: list[str]) -> None:

@@ -57,10 +57,22 @@ class Search:
         for name, least in (("finalists", 1), ("rounds", 2), ("writing_batch_size", 1)):
             if not isinstance(getattr(self, name), int) or getattr(self, name) < least:
                 raise ValueError(f"`{name}` must be a whole number of at least {least}, got {getattr(self, name)!r}.")
-        if taken := sorted(set(self.criteria) & set(CRITERIA)):
-            raise ValueError(f"`criteria` has {taken[0]!r}, which is a criterion already: choose another name.")
+        self._check_names()
         if tuple(self.shares) != PARTS or min(self.shares.values()) < 0 or sum(self.shares.values()) > 1 + 1e-9:
             raise ValueError(f"`shares` must be numbers for {list(PARTS)}, together at most 1, got {self.shares!r}.")
+
+    def _check_names(self) -> None:
+        """Names of criteria must be free, not look like a curve at some exit points, and be those of curves."""
+        if taken := sorted(set(self.criteria) & set(CRITERIA)):
+            raise ValueError(f"`criteria` has {taken[0]!r}, which is a criterion already: choose another name.")
+        if split := [name for name in self.criteria if ":" in name]:
+            raise ValueError(f"`criteria` has {split[0]!r}: choose a name without ':', which precedes exit points.")
+        curved = {curve.partition(":")[0] for curve in self.curves or ()}
+        if idle := [name for name in self.criteria if name not in curved]:
+            raise ValueError(
+                f"`criteria` has {idle[0]!r}, and `curves` {list(self.curves or ())} no curve of it: add one, or "
+                "leave the criterion out."
+            )
 
     def candidates(self, model: EarlyExitT5ForConditionalGeneration, exits: Mapping[str, Any]) -> list[Candidate]:
         """All that are tried, checked against the model.

@@ -14,7 +14,9 @@ from tqdm import tqdm
 from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_earlyexit.data import Example, column_pairs, read_file, text_columns
+from hf_earlyexit.labelled import IGNORED
 from hf_earlyexit.metrics import Rouge
+from hf_earlyexit.shortcuts import with_full_depth_labels
 
 
 DATASET_CONFIGS = {"cnn_dailymail": "3.0.0", "abisee/cnn_dailymail": "3.0.0"}
@@ -100,19 +102,15 @@ def own_outputs(
 
     The very tokens that it writes; a text that was cut has no end token. With several processes each writes them all.
     """
-    options = {"early_exit": False, "do_sample": False, "num_beams": 1, "return_dict_in_generate": True}
     cut = {"truncation": True, "max_length": arguments.max_source_tokens}
     rows = [{**tokenizer(source, **cut)} for source in sources]
     order = sorted(range(len(rows)), key=lambda place: len(rows[place]["input_ids"]))
-    model.eval()
-    for start in tqdm(range(0, len(order), batch_size), desc="writing its own targets"):
-        places = order[start : start + batch_size]
-        batch = tokenizer.pad([rows[place] for place in places], return_tensors="pt").to(model.device)
-        output = model.generate(**batch, max_new_tokens=arguments.max_target_tokens, **options)
-        written = output.layers_run > 0  # rows that have ended run no layers
-        tokens = output.sequences[:, -written.shape[1] :].cpu()
-        for place, ids, own in zip(places, tokens, written.cpu()):
-            rows[place]["labels"] = ids[own].tolist()
+    groups = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    batches = (tokenizer.pad([rows[place] for place in places], return_tensors="pt") for places in groups)
+    labelled = with_full_depth_labels(model.eval(), batches, max_new_tokens=arguments.max_target_tokens)
+    for places, batch in zip(tqdm(groups, desc="writing its own targets"), labelled):
+        for place, ids in zip(places, batch["labels"].cpu()):
+            rows[place]["labels"] = ids[ids != IGNORED].tolist()
     return Dataset.from_list(rows)
 
 

@@ -44,7 +44,7 @@ def exits_by_candidates(
         criterion, count, threshold, rule: As of `generate`.
     """
     found, (first, *_), last = Exits(), scores, max(scores)
-    candidates = {row: scores[first][row].topk(count).indices for row in rows}
+    candidates = {row: scores[first][row].topk(count).indices.sort().values for row in rows}
     staying, latched, said = list(rows), set(), {row: [] for row in rows}
     for layer in [layer for layer in scores if layer != last]:
         known, passed = set(), []

@@ -199,6 +199,13 @@ def test_it_is_calibrated_like_any_criterion():
     assert found.name.startswith("accuracy:2,6 ") and found.setting["exit_layers"] == [2, 6]
     with pytest.raises(ValueError, match="`criteria` has 'softmax', which is a criterion already"):
         replace(search, criteria={"softmax": fit.to_dict()})
+    for criteria, curves, message in (
+        ({"accuracy:2": fit.to_dict()}, search.curves, "`criteria` has 'accuracy:2': choose a name without ':'"),
+        ({"accuracy": fit.to_dict(), "other": fit.to_dict()}, search.curves, "has 'other', .* no curve of it"),
+        ({"accuracy": fit.to_dict()}, None, r"has 'accuracy', and `curves` \[\] no curve of it"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            replace(search, criteria=criteria, curves=curves)
 
 
 # --- refused --------------------------------------------------------------------------------------------------------
@@ -276,10 +283,13 @@ def test_what_cannot_be_fitted(sure, right, options, message):
         fit_accuracy("softmax", sure, right, **options)
 
 
-def test_what_cannot_be_fitted_from_a_model(model):
+def test_what_cannot_be_fitted_from_a_model(model, monkeypatch):
     with pytest.raises(ValueError, match="`criterion` must be one of .*got 'fixed'"):
         fit_exit_accuracy(model, None, [Example("")], "fixed")
     with pytest.raises(ValueError, match="`examples` must have at least one"):
         fit_exit_accuracy(model, None, [])
     with pytest.raises(ValueError, match=r"`exit_layers=\[9\]` has \[9\], which are no exit points"):
         fit_exit_accuracy(model, None, [Example("")], exit_layers=[9])
+    monkeypatch.setattr(model, "training", True)
+    with pytest.raises(ValueError, match="`model` is in training mode"):
+        fit_exit_accuracy(model, None, [Example("")])

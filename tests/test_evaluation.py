@@ -372,3 +372,6 @@ def test_what_cannot_be_evaluated_is_refused_before_any_work(shipped, examples, 
         evaluate_model(*shipped, [*examples, examples[0]])
     with pytest.raises(ValueError, match="`do_sample=True` cannot be evaluated"):
         evaluate_model(*shipped, examples, Grid(batch_sizes=[1]), generation={"do_sample": True})
+    monkeypatch.setattr(shipped[0], "training", True)
+    with pytest.raises(ValueError, match="`model` is in training mode"):
+        evaluate_model(*shipped, examples)

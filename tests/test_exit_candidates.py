@@ -215,7 +215,7 @@ def test_two_exit_points_by_hand():
     confidence = criterion.confidence(second)
     expected = [torch.tanh(torch.tensor(margin / 2)) for margin in (9.0, 5.0, 0.1)]  # of two: tanh of half the margin
     torch.testing.assert_close(confidence, torch.stack(expected))
-    assert heads.some == [(2, [[0, 1], [1, 2], [3, 2]])] and second.scored is None
+    assert heads.some == [(2, [[0, 1], [1, 2], [2, 3]])] and second.scored is None
     assert second.confirm([True, True, False]) == [True, False, False] and heads.full[2:] == [(2, 2)]
     (known, logits), (unknown, nothing) = second.known_logits([0, 2])
     assert (known, unknown, nothing) == ([0], [2], None) and torch.equal(logits, SECOND[:1])
@@ -227,7 +227,15 @@ def test_candidates_go_with_their_rows():
     criterion.confidence(heads.point(1, FIRST, shortlist))
     criterion.confidence(heads.point(2, SECOND[1:], shortlist, rows=(1, 2)))
     criterion.confidence(heads.point(3, SECOND[2:], shortlist, rows=(2,)))
-    assert heads.some == [(2, [[1, 2, 3], [3, 2, 1]]), (3, [[3, 2, 1]])]
+    assert heads.some == [(2, [[1, 2, 3], [1, 2, 3]]), (3, [[1, 2, 3]])]
+
+
+def test_of_equally_likely_candidates_the_lowest_id_is_chosen_as_without_candidates():
+    heads, shortlist = Heads(), Shortlist()
+    heads.point(1, FIRST, shortlist).first_choices(2)
+    tied = heads.point(2, torch.ones_like(SECOND), shortlist)
+    assert tied.scores(2).unique().numel() == 1, "every candidate is as likely"
+    assert tied.first_choices(2).tolist() == [0, 1, 2] and heads.some[-1] == (2, [[0, 1], [1, 2], [2, 3]])
 
 
 def test_nobody_sure_nothing_confirmed():

@@ -99,6 +99,14 @@ def test_classifiers_by_hand(balanced, agrees, differs):
     torch.testing.assert_close(objective.token_losses(exits), torch.tensor([first, second]))
 
 
+@pytest.mark.parametrize("share", [0.0, 1.0])
+def test_a_classifier_learns_where_all_agreed_when_shares_were_measured(share):
+    """Balanced to the letter, its losses would be weighed by 0 and it would stay at random."""
+    exits = labelled([SURE, WRONG], [SURE, SURE], [SURE, SURE], [1, 1], {1: [0.0, 0.0], 3: [0.0, 0.0]})
+    losses = ExitClassifiers().prepared({1: share, 3: share}).token_losses(exits)
+    torch.testing.assert_close(losses, ExitClassifiers(False).token_losses(exits))
+
+
 def test_layer_skip_weights_by_hand():
     """Of 4 layers, l from 0: 0, e, 3e before the last; the last 3 + e * 2 * 3 / 2."""
     assert LayerSkip(0.5, "all").weights((1, 2, 3), 4) == pytest.approx(

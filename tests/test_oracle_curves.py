@@ -176,6 +176,8 @@ def test_what_cannot_be_forced_is_refused():
     _, model = untidy(0)
     with pytest.raises(ValueError, match="one for each input"):
         force(Numbers(model, 4), range(4), [Text("", [5], [])], {})
+    with pytest.raises(ValueError, match="training mode"):
+        force(Numbers(model.train(), 1), range(1), [Text("", [5], [])], {})
 
 
 def test_plain_values_are_by_curve_and_by_the_layers_asked():

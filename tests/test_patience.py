@@ -69,7 +69,7 @@ def test_among_candidates():
         seen = point(layer, [0], [choice], streaks, shortlist=shortlist)
         assert criterion.confidence(seen).tolist() == [expected[layer - 1]]
         assert Patience().confidence(seen).tolist() == [expected[layer - 1]]
-    assert shortlist.of([0], 2).tolist() == [[3, 0]]
+    assert shortlist.of([0], 2).tolist() == [[0, 3]]
 
 
 def test_under_teacher_forcing_every_exit_point_counts():
@@ -119,8 +119,11 @@ def test_two_in_a_row_follow_the_slow_reference():
     assert follows_the_slow_reference() == {2, 3, 4, 5, 6}
 
 
-def test_three_in_a_row_of_some_exit_points_and_whole_batches():
-    assert follows_the_slow_reference(exit_layers=[1, 3, 4]) <= {3, 4, 6}
+def test_two_in_a_row_of_some_exit_points():
+    assert follows_the_slow_reference(exit_layers=[1, 3, 4]) == {3, 4, 6}
+
+
+def test_three_in_a_row_in_whole_batches():
     for rule in ("batch", "batch_joint"):
         follows_the_slow_reference(2 / 3, batch_exit=rule)
 

@@ -38,7 +38,8 @@ class ExitClassifiers(OfClassifiers):
     Args:
         balanced: Weigh the two labels so that both count alike at every exit point: those that agree by 1 - a, the
             others by a, where a is the share that agrees. CALM's released code takes a of each batch; here it is
-            measured once, before training, so that the loss does not depend on how tokens are dealt into batches.
+            measured once, before training, so that the loss does not depend on how tokens are dealt into batches. At
+            an exit point where all agreed, or none, there is nothing to balance, and both count 1.
         agreement: a of each exit point, in order; the trainer measures it if it is None.
     """
 
@@ -65,9 +66,9 @@ class ExitClassifiers(OfClassifiers):
     def _layer_losses(self, exits: LabelledExits, place: int, layer: int) -> torch.Tensor:
         agrees = exits.agrees(layer).float()
         losses = binary_cross_entropy_with_logits(exits.exit_logits(layer), agrees, reduction="none")
-        if not self.balanced:
+        share = self.agreement[place] if self.balanced else None
+        if share in (None, 0, 1):
             return losses
-        share = self.agreement[place]
         return losses * (agrees * (1 - share) + (1 - agrees) * share)
 
 
