@@ -45,6 +45,8 @@ example:
   hf-earlyexit verify-certificate --model certified --file new.csv --group-by mr --prefix "describe: "
 """
 
+LEFT_BEHIND = ("checkpoint-*", "training_args.bin", "trainer_state.json")  # of a training; the second is a pickle
+
 
 # --- calibrate ------------------------------------------------------------------------------------------------------
 
@@ -159,7 +161,7 @@ def save(model, tokenizer, certificate, arguments: argparse.Namespace) -> None:
         tokenizer.save_pretrained(folder)
         return
     if source.resolve() != folder.resolve():
-        shutil.copytree(source, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("checkpoint-*"))
+        shutil.copytree(source, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(*LEFT_BEHIND))
     model.config.save_pretrained(folder)  # with the certified dtype, in which it will be loaded
     model.generation_config.save_pretrained(folder)
     certificate.save(folder)

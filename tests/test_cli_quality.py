@@ -7,12 +7,14 @@ import json
 import shutil
 import subprocess
 import sys
+from argparse import Namespace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from hf_earlyexit import EarlyExitT5ForConditionalGeneration
+from hf_earlyexit import EarlyExitT5ForConditionalGeneration, cli_calibrate
 from hf_earlyexit.certificate import FILE, Certificate
 from hf_earlyexit.cli import main
 from hf_earlyexit.cli_arguments import curves_of
@@ -72,6 +74,21 @@ def test_calibrate_says_what_it_found_and_goes_on_from_its_journal(certified, ca
     certificate = Certificate.load(certified / FILE)
     assert " ".join(certificate.in_words().split()) in " ".join(text.split())
     assert all(row["name"] in text and f"{row['upper_bound']:.4f}" in text for row in certificate.table)
+
+
+def test_calibrate_takes_along_what_a_checkpoint_is_made_of(certified, tmp_path):
+    """Not what training has left beside it, of which one is a pickle; a card's earlier promise is replaced."""
+    source, out = shutil.copytree(certified, tmp_path / "source"), tmp_path / "out"
+    (source / "checkpoint-5").mkdir()
+    for name in ("checkpoint-5/model.safetensors", "training_args.bin", "trainer_state.json", "merges.txt"):
+        (source / name).write_text("")
+    certificate = replace(Certificate.load(certified / FILE), target=0.8)
+    model = EarlyExitT5ForConditionalGeneration.from_pretrained(source)
+    cli_calibrate.save(model, None, certificate, Namespace(model=str(source), output_dir=str(out)))
+    assert {path.name for path in out.iterdir()} == {path.name for path in certified.iterdir()} | {"merges.txt"}
+    assert Certificate.load(out / FILE) == certificate
+    card = (out / "README.md").read_text()
+    assert card.count("## What is promised") == 1 and certificate.in_words() in card
 
 
 def test_verify_certificate_tries_new_inputs(certified, tmp_path, capsys):
