@@ -5,12 +5,12 @@ Both sections are made of what was measured, and take the place of what the card
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
+from typing import Any
 
 from hf_earlyexit.certificate import Certificate
 from hf_earlyexit.model_card import markdown_table
-from hf_earlyexit.questions import CLOCKS, Results, choices, clock, time_ratio
+from hf_earlyexit.questions import CLOCKS, Results, choices, clock, point_of
 from hf_earlyexit.report import fixed, summary
 
 
@@ -18,20 +18,36 @@ WORTH, PROMISE = "What early exit is worth", "What is promised"
 ENVIRONMENT = ("cpu", "cores", "torch threads", "cuda", "hf_earlyexit", "transformers", "torch")  # what of it is said
 
 
-def add_section(path: str | Path, title: str, body: str) -> None:
-    """Write a section into the file of a card, in place of the one of this title, or at the end."""
+def write_section(path: str | Path, title: str, body: str | None) -> None:
+    """Write a section into the file of a card (see `with_section`)."""
     card = Path(path)
     card.write_text(with_section(card.read_text(encoding="utf-8"), title, body), encoding="utf-8")
 
 
-def with_section(card: str, title: str, body: str) -> str:
-    """The card with this section. One ends where the next heading of two signs stands."""
-    section = f"## {title}\n\n{body.strip()}\n"
-    own = re.search(rf"^## {re.escape(title)}[ \t]*$", card, re.MULTILINE)
-    if own is None:
-        return f"{card.rstrip()}\n\n{section}"
-    following = re.compile("^## ", re.MULTILINE).search(card, own.end())
-    return card[: own.start()] + section + (f"\n{card[following.start() :]}" if following else "")
+def with_section(card: str, title: str, body: str | None) -> str:
+    """The card with this section, in place of the one of this title, or at the end; without it if `body` is None.
+
+    A section ends where the next heading of one or two signs stands.
+    """
+    section = "" if body is None else f"## {title}\n\n{body.strip()}\n"
+    found = headings(card)
+    start = next((place for place, heading in found if heading == f"## {title}"), None)
+    if start is None:
+        return f"{card.rstrip()}\n\n{section}" if section else card
+    rest = card[next((place for place, _ in found if place > start), len(card)) :]
+    return card[:start] + section + ("\n" if section and rest else "") + rest
+
+
+def headings(card: str) -> list[tuple[int, str]]:
+    """Headings of one and two signs outside of code, each with its place in the text."""
+    found, place, fenced = [], 0, False
+    for line in card.splitlines(keepends=True):
+        if line.startswith("```"):
+            fenced = not fenced
+        elif not fenced and line.startswith(("# ", "## ")):
+            found.append((place, line.rstrip()))
+        place += len(line)
+    return found
 
 
 # --- what is promised -----------------------------------------------------------------------------------------------
@@ -78,11 +94,7 @@ def _row(results: Results, key: str, sizes: list[int]) -> list[str]:
     """A setting; where rows wait for each other by another rule, whose name it has, in batches of one size."""
     quality = results["quality"][key]
     score, agreement = quality["scores"]["rougeL"], quality["scores"]["consistency"]["mean"]
-    times = {
-        cell["batch_size"]: f"{fixed(time_ratio(results, cell)['median'], 2)}x"
-        for cell in results["cells"]
-        if cell["quality"] == key
-    }
+    times = {cell["batch_size"]: _time(results, cell) for cell in results["cells"] if cell["quality"] == key}
     return [
         quality["name"] if quality["batch_exit"] == "row" else f"{quality['name']}, {quality['batch_exit']}",
         fixed(quality["mean_layers"]["mean"], 2),
@@ -92,6 +104,12 @@ def _row(results: Results, key: str, sizes: list[int]) -> list[str]:
     ]
 
 
+def _time(results: Results, cell: dict[str, Any]) -> str:
+    """Of stock's, and half of the interquartile range."""
+    point = point_of(results, cell)
+    return f"{fixed(point.ratio, 2)}x ± {fixed(point.spread, 2)}"
+
+
 def _measured(results: Results) -> str:
     """On what, with what, how busy the machine was."""
     asked, here = results["asked"], results["environment"]
@@ -99,8 +117,10 @@ def _measured(results: Results) -> str:
     machine = ", ".join(f"{name} {here[name]}" for name in ENVIRONMENT if name in here)
     return (
         f"{results['inputs']['count']} inputs of {asked['data']}, at most {asked['max_new_tokens']} new tokens, "
-        f"{asked['dtype']}; as full depth: ROUGE-L against full depth's text. Times are `generate`'s, encoder "
-        "included, over those of stock Transformers at full depth, taking turns: medians of "
-        f"{asked['rounds']} batches by the {CLOCKS[clock(results)]}; load average {fixed(min(loads))} to "
-        f"{fixed(max(loads))}. {results['started']}; {machine}."
+        f"{asked['dtype']}. ROUGE-L and *as full depth*, which is ROUGE-L against full depth's text, are means over "
+        "inputs; intervals are of resampled inputs, or of groups where inputs belong together. Times are "
+        "`generate`'s, encoder included, over those of stock Transformers at full depth, taking turns: medians of "
+        f"{asked['rounds']} batches by the {CLOCKS[clock(results)]} (in batches of 1, of {asked['rounds']} inputs), ± "
+        f"half of the interquartile range; load average {fixed(min(loads))} to {fixed(max(loads))}. "
+        f"{results['started']}; {machine}."
     )

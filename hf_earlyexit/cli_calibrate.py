@@ -45,7 +45,8 @@ example:
   hf-earlyexit verify-certificate --model certified --file new.csv --group-by mr --prefix "describe: "
 """
 
-LEFT_BEHIND = ("checkpoint-*", "training_args.bin", "trainer_state.json")  # of a training; the second is a pickle
+# What training puts beside the weights to go on from, most of it pickled.
+LEFT_BEHIND = ("checkpoint-*", "training_args.bin", "trainer_state.json", "*.pt", "*.pth")
 
 
 # --- calibrate ------------------------------------------------------------------------------------------------------
@@ -152,7 +153,7 @@ def decoding_of(arguments: argparse.Namespace) -> dict[str, Any]:
 def save(model, tokenizer, certificate, arguments: argparse.Namespace) -> None:
     """The checkpoint with its certificate: the files as they are where it is one of ours on disk, else saved anew. A
     model card that is among them says what is promised."""
-    from hf_earlyexit.card_sections import PROMISE, add_section, promise_section
+    from hf_earlyexit.card_sections import PROMISE, WORTH, promise_section, write_section
 
     model.certify(certificate)
     source, folder = Path(model_path(arguments)), Path(arguments.output_dir)
@@ -166,7 +167,8 @@ def save(model, tokenizer, certificate, arguments: argparse.Namespace) -> None:
     model.generation_config.save_pretrained(folder)
     certificate.save(folder)
     if (card := folder / "README.md").is_file():
-        add_section(card, PROMISE, promise_section(certificate))
+        write_section(card, PROMISE, promise_section(certificate))
+        write_section(card, WORTH, None)  # which speaks of an earlier certificate
 
 
 def is_early_exit_checkpoint(folder: Path) -> bool:

@@ -172,14 +172,14 @@ def report(arguments: argparse.Namespace) -> int:
     check_file("--html", html)
     if arguments.card is not None and not Path(arguments.card).is_file():
         raise ValueError(f"--card {arguments.card} is no file: name the README.md of a checkpoint")
-    from hf_earlyexit.card_sections import WORTH, add_section, worth_section
+    from hf_earlyexit.card_sections import WORTH, worth_section, write_section
     from hf_earlyexit.report import read_results, write_report
 
     results = read_results(arguments.results)
     for path in write_report(results, html, arguments.png):
         print(path)
     if arguments.card is not None:
-        add_section(arguments.card, WORTH, worth_section(results))
+        write_section(arguments.card, WORTH, worth_section(results))
         print(arguments.card)
     return 0
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from hf_earlyexit.card_sections import PROMISE, WORTH, add_section, promise_section, with_section, worth_section
-from hf_earlyexit.questions import full_depth
+from hf_earlyexit.card_sections import PROMISE, WORTH, promise_section, with_section, worth_section, write_section
+from hf_earlyexit.questions import full_depth, point_of
 from tests.certificates import certificate_for
 from tests.results import make_results
 from tests.tiny import tiny_pair
@@ -31,6 +31,17 @@ def test_headings_without_blank_lines_at_the_start_and_at_the_end():
     assert with_section("## A\n## B\nb", "A", "a") == "## A\n\na\n\n## B\nb"
     assert with_section("# C\n\n## A\nold\n## B \t", "B", "b") == "# C\n\n## A\nold\n## B\n\nb\n"
     assert with_section("## AB\n\nab\n", "A", "a") == "## AB\n\nab\n\n## A\n\na\n"
+
+
+def test_code_has_no_headings_and_a_title_ends_a_section():
+    code = "```bash\n## A\n# by hand\n```\n"
+    assert with_section(f"# T\n\n{code}", "A", "a") == f"# T\n\n{code}\n## A\n\na\n"
+    assert with_section(f"## A\n\n{code}old\n# Other\n", "A", "a") == "## A\n\na\n\n# Other\n"
+
+
+def test_a_section_is_taken_out():
+    assert with_section("# T\n\n## A\n\na\n\n## B\n\nb\n", "A", None) == "# T\n\n## B\n\nb\n"
+    assert with_section(CARD, "A", None) == CARD
 
 
 def test_a_heading_in_a_sentence_is_none():
@@ -62,18 +73,15 @@ def test_an_evaluation_has_a_row_for_each_setting_and_says_how_it_was_measured()
     assert len(rows) == len(results["quality"])
     score = full_depth(results)["scores"]["rougeL"]
     assert rows[0].startswith(f"| full depth | 8.00 | {score['mean']:.1f} ({score['low']:.1f} to {score['high']:.1f})")
-    cells = {
-        (cell["quality"], cell["batch_size"]): cell["time"]["ratio"]["cpu"]["median"] for cell in results["cells"]
-    }
+    cells = {(cell["quality"], cell["batch_size"]): point_of(results, cell) for cell in results["cells"]}
+    times = {key: f"{point.ratio:.2f}x ± {point.spread:.2f}" for key, point in cells.items()}
     row = next(row for row in rows if row.startswith("| softmax:2,4,6 0.5 |"))
-    times = [f"{cells['softmax:2,4,6 0.5', size]:.2f}x" for size in (1, 8)]
-    assert row.endswith(f"| {times[0]} | {times[1]} |")
+    assert row.endswith(f"| {times['softmax:2,4,6 0.5', 1]} | {times['softmax:2,4,6 0.5', 8]} |")
     quality, wanted = results["quality"], ("softmax:2,4,6 0.5", 8)
     key = next(key for key, one in quality.items() if (one["name"], one["batch_size"]) == wanted)
     waiting = rows[list(quality).index(key)]
-    assert waiting.startswith("| softmax:2,4,6 0.5, batch |") and waiting.endswith(f"|  | {cells[key, 8]:.2f}x |")
-    assert "24 inputs of validation.csv, at most 64 new tokens, float32;" in measured
-    assert "as full depth: ROUGE-L against full depth's text" in measured
+    assert waiting.startswith("| softmax:2,4,6 0.5, batch |") and waiting.endswith(f"|  | {times[key, 8]} |")
+    assert "24 inputs of validation.csv, at most 64 new tokens, float32." in measured
     assert f"medians of {results['asked']['rounds']} batches by the CPU clock" in measured
     assert measured.endswith("2026-11-25; cpu A <fast> one & two cores, cores 2, torch 2.13.0+cpu.")
 
@@ -82,7 +90,7 @@ def test_a_card_file_is_written_once_each(tmp_path):
     card = tmp_path / "README.md"
     card.write_text(CARD)
     for body in ("One.", "Two."):
-        add_section(card, WORTH, body)
-        add_section(card, PROMISE, body)
+        write_section(card, WORTH, body)
+        write_section(card, PROMISE, body)
     text = card.read_text()
     assert text.count("\n## ") == 3 and "One." not in text and text.count("Two.") == 2 and text.startswith(CARD)

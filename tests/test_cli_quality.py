@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from hf_earlyexit import EarlyExitT5ForConditionalGeneration, cli_calibrate
+from hf_earlyexit.card_sections import WORTH, write_section
 from hf_earlyexit.certificate import FILE, Certificate
 from hf_earlyexit.cli import main
 from hf_earlyexit.cli_arguments import curves_of
@@ -80,15 +81,23 @@ def test_calibrate_takes_along_what_a_checkpoint_is_made_of(certified, tmp_path)
     """Not what training has left beside it, of which one is a pickle; a card's earlier promise is replaced."""
     source, out = shutil.copytree(certified, tmp_path / "source"), tmp_path / "out"
     (source / "checkpoint-5").mkdir()
-    for name in ("checkpoint-5/model.safetensors", "training_args.bin", "trainer_state.json", "merges.txt"):
+    left = (
+        "checkpoint-5/model.safetensors",
+        "training_args.bin",
+        "trainer_state.json",
+        "optimizer.pt",
+        "rng_state_0.pth",
+    )
+    for name in (*left, "merges.txt"):
         (source / name).write_text("")
+    write_section(source / "README.md", WORTH, "Of an earlier certificate.")
     certificate = replace(Certificate.load(certified / FILE), target=0.8)
     model = EarlyExitT5ForConditionalGeneration.from_pretrained(source)
     cli_calibrate.save(model, None, certificate, Namespace(model=str(source), output_dir=str(out)))
     assert {path.name for path in out.iterdir()} == {path.name for path in certified.iterdir()} | {"merges.txt"}
     assert Certificate.load(out / FILE) == certificate
     card = (out / "README.md").read_text()
-    assert card.count("## What is promised") == 1 and certificate.in_words() in card
+    assert card.count("## What is promised") == 1 and certificate.in_words() in card and "Of an earlier" not in card
 
 
 def test_verify_certificate_tries_new_inputs(certified, tmp_path, capsys):
