@@ -56,11 +56,11 @@ def headings(card: str) -> list[tuple[int, str]]:
 def promise_section(certificate: Certificate) -> str:
     """The promise in words, and every setting that was tested."""
     words = certificate.in_words()
-    header, rows = tests_of(certificate)
+    header, rows = table_of_tests(certificate)
     return f"{words}\n\n{markdown_table(header, rows)}" if rows else words
 
 
-def tests_of(certificate: Certificate) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+def table_of_tests(certificate: Certificate) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     """The tests of a certificate, in their order, as the header and the rows of a table."""
     header = ("tested", "mean loss", "upper bound", "p-value", certificate.cost["unit"], "keeps the target")
     rows = [

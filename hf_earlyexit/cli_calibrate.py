@@ -179,9 +179,9 @@ def is_early_exit_checkpoint(folder: Path) -> bool:
 
 def describe(certificate) -> str:
     """The table of what was tested, and what is promised."""
-    from hf_earlyexit.card_sections import tests_of
+    from hf_earlyexit.card_sections import table_of_tests
 
-    return f"{terminal.table(*tests_of(certificate))}\n\n{terminal.paragraph(certificate.in_words(), 110)}"
+    return f"{terminal.table(*table_of_tests(certificate))}\n\n{terminal.paragraph(certificate.in_words(), 110)}"
 
 
 # --- verify-certificate ---------------------------------------------------------------------------------------------

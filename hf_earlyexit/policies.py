@@ -32,7 +32,7 @@ class Shortlist:
         if count > logits.shape[-1]:
             raise ValueError(f"`candidates={count}` must be at most the vocabulary, {logits.shape[-1]}.")
         # By id, as the vocabulary is: of equally likely ones `argmax` then takes the lowest id among them, too.
-        self._chosen[count] = rows, logits.topk(count, dim=-1).indices.sort(dim=-1).values
+        self._chosen[count] = rows, logits.topk(count, dim=-1, sorted=False).indices.sort(dim=-1).values
 
     def of(self, rows: list[int], count: int) -> torch.Tensor | None:
         """Token ids `[rows, count]` of these, who were all there when candidates were chosen; None before that."""

@@ -1,6 +1,7 @@
 """Answers for what `generate` cannot do with exits: each thing by name, with the remedy.
 
-Without early exit the same things are left to the library, so a problem is said here and judged elsewhere.
+Without early exit the same things are left to the library, so a problem is said here and judged elsewhere. A model in
+training mode is refused by whoever measures, too.
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ from scipy.stats import bootstrap
 
 from hf_earlyexit.candidates import FULL_DEPTH
 from hf_earlyexit.intervals import RESAMPLES, SEED
+from hf_earlyexit.model_card import markdown_table
 
 
 Interval = dict[str, float]
@@ -100,17 +101,11 @@ def table(results: Mapping[str, Mapping[str, Any]], before: Mapping[str, Any], b
         before: Of the checkpoint that all recipes started from.
         budget: In words.
     """
-    lines = [
-        f"Budget: {budget}. ROUGE-L x 100; 95 % intervals over inputs.",
-        "",
-        f"| {' | '.join(COLUMNS)} |",
-        f"|{' --- |' * len(COLUMNS)}",
-        *(_line(name, one, before) for name, one in results.items()),
-    ]
-    return "\n".join(lines)
+    rows = [_row(name, one, before) for name, one in results.items()]
+    return f"Budget: {budget}. ROUGE-L x 100; 95 % intervals over inputs.\n\n{markdown_table(COLUMNS, rows)}"
 
 
-def _line(name: str, one: Mapping[str, Any], before: Mapping[str, Any]) -> str:
+def _row(name: str, one: Mapping[str, Any], before: Mapping[str, Any]) -> list[str]:
     points = one["curve"].partition(":")[2].replace(",", ", ")
     cells = [
         name,
@@ -121,8 +116,7 @@ def _line(name: str, one: Mapping[str, Any], before: Mapping[str, Any]) -> str:
         _shown(one["area"]),
     ]
     cost = one["cost"]
-    cells += [f"{cost['cpu_seconds']:.0f}", f"{cost['moved_parameters'] / 1e6:.2f} M"] if cost else ["-", "-"]
-    return f"| {' | '.join(cells)} |"
+    return cells + ([f"{cost['cpu_seconds']:.0f}", f"{cost['moved_parameters'] / 1e6:.2f} M"] if cost else ["-", "-"])
 
 
 def _difference(one: Mapping[str, Any], before: Mapping[str, Any]) -> str:

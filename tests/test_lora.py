@@ -12,8 +12,8 @@ from transformers import CompileConfig, TrainerCallback
 from hf_earlyexit import EarlyExitT5ForConditionalGeneration
 from hf_earlyexit.fingerprint import weights_marks
 from tests import laws
-from tests.test_training import EXITS, assert_same_weights, collate, losses, make_trainer, moved, rows, state_of, tiny
 from tests.tiny import tiny_inputs, tiny_pair
+from tests.trainers import EXITS, assert_same_weights, collate, losses, make_trainer, moved, rows, state_of, tiny
 
 
 pytest.importorskip("peft")

@@ -16,13 +16,11 @@ from hf_earlyexit.certificate import FILE
 from hf_earlyexit.data import Example, split_by_unit
 from hf_earlyexit.default import default_examples, load_default
 from hf_earlyexit.loss_table import LossTable
-from hf_earlyexit.losses import LOSSES
 from hf_earlyexit.metrics import rouge_scores, textual_consistency
 from hf_earlyexit.model_calibration import NONE_FASTER, NONE_SAFE, Use, calibrate_model
 from hf_earlyexit.promise import Promise
 from hf_earlyexit.search import Search, pareto_front
 from hf_earlyexit.stock import stock_of
-from hf_earlyexit.verification import _p_value_of_the_promise, verify_certificate
 
 
 DECODING = {"max_new_tokens": 8}
@@ -395,48 +393,6 @@ def test_searches_that_are_none(arguments, message):
         Search(**arguments)
 
 
-# A certificate on new inputs
-
-
-def test_verification_is_of_new_inputs_only(shipped, examples, found):
-    seen = found.certificate.split["counts"]
-    checked = verify_certificate(*shipped, examples, LOSSES["text_distance"], found.certificate)
-    assert checked.left_out == seen["select"] + seen["calibrate"] and checked.n == seen["report"]
-    report = found.certificate.report
-    assert checked.mean == pytest.approx(report["mean"]) and checked.low == pytest.approx(report["low"], abs=0.02)
-    assert checked.mean_layers == report["mean_layers"]
-    assert not checked.refuted and checked.differences == [] and "kept here" in checked.in_words()
-    with pytest.raises(ValueError, match="has 0 inputs that the certificate has not seen"):
-        verify_certificate(
-            *shipped, split_by_unit(examples, SEARCH.shares)["select"], LOSSES["text_distance"], found.certificate
-        )
-
-
-def test_a_promise_that_does_not_hold_is_refuted(shipped, examples, found):
-    false = replace(found.certificate, target=0.01, weights="0" * 64)
-    checked = verify_certificate(*shipped, examples, LOSSES["text_distance"], false)
-    assert checked.refuted and "REFUTED" in checked.in_words() and checked.differences == ["weights"]
-    barely = replace(found.certificate, target=checked.mean - 1e-3)
-    unclear = verify_certificate(*shipped, examples, LOSSES["text_distance"], barely)
-    assert not unclear.refuted and "not so clearly" in unclear.in_words()
-    with pytest.raises(ValueError, match="`loss` is 'token_mismatch', the certificate is about 'text_distance'"):
-        verify_certificate(*shipped, examples, LOSSES["token_mismatch"], found.certificate)
-    with pytest.raises(ValueError, match="The model has no certificate"):
-        verify_certificate(*shipped, examples, LOSSES["text_distance"])
-
-
-@pytest.mark.parametrize("lower", [0.0, -1.0])
-def test_a_promise_that_just_holds_is_seldom_refuted(found, lower):
-    generator = np.random.default_rng(0)
-    certificate = replace(found.certificate, target=0.2, loss={**found.certificate.loss, "lower": lower})
-    spread = 0.2 if lower else 0.0
-    losses = (generator.random((1000, 120)) < 0.2 + spread) - (generator.random((1000, 120)) < spread) * 1.0
-    refuted = [_p_value_of_the_promise(one.clip(lower, 1), certificate) <= 0.05 for one in losses]
-    assert np.mean(refuted) <= 0.05 + 3 * np.sqrt(0.05 * 0.95 / 1000)
-    clearly = [_p_value_of_the_promise(one, certificate) <= 0.05 for one in (generator.random((50, 120)) < 0.4) * 1.0]
-    assert np.mean(clearly) > 0.8
-
-
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -458,12 +414,3 @@ def test_exact_bounds_are_of_single_inputs(shipped, examples):
     pairs = [replace(one, group=f"pair {place // 2}") for place, one in enumerate(examples)]
     with pytest.raises(ValueError, match="does not go with units of several inputs"):
         calibrate_model(*shipped, pairs, promise, USE, SEARCH)
-
-
-def test_verification_decodes_as_certified_whatever_is_stored(shipped, examples, found):
-    model, tokenizer = copy.deepcopy(shipped[0]), shipped[1]
-    plain = verify_certificate(model, tokenizer, examples, LOSSES["text_distance"], found.certificate)
-    model.generation_config.update(num_beams=3, repetition_penalty=1.5)
-    other = verify_certificate(model, tokenizer, examples, LOSSES["text_distance"], found.certificate)
-    assert other == plain and plain.differences == []
-    assert model.generation_config.num_beams == 3

@@ -125,7 +125,7 @@ def test_two_in_a_row_of_some_exit_points():
 
 def test_three_in_a_row_in_whole_batches():
     for rule in ("batch", "batch_joint"):
-        follows_the_slow_reference(2 / 3, batch_exit=rule)
+        assert min(follows_the_slow_reference(2 / 3, batch_exit=rule)) < 6, "some have left"
 
 
 # --- mistakes -------------------------------------------------------------------------------------------------------

@@ -1,53 +1,23 @@
-"""`EarlyExitTrainer` on a tiny model: what moves, what rests, and that the same data give the same model."""
+"""`EarlyExitTrainer` on a tiny model: what moves, what rests, and what it says."""
 
 from __future__ import annotations
 
-import copy
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from huggingface_hub import ModelCard
 from torch import nn
-from transformers import GenerationConfig, Seq2SeqTrainer, Seq2SeqTrainingArguments, TrainerCallback
+from transformers import GenerationConfig, TrainerCallback
 
-from hf_earlyexit import ClassifierConfig, EarlyExitConfig, EarlyExitT5ForConditionalGeneration
-from hf_earlyexit.objectives import (
-    ExitClassifiers,
-    GeometricClassifiers,
-    LayerSkip,
-    MultiExit,
-    RelaxedClassifiers,
-    SelfDistillation,
-    ShallowDeep,
-    SortedDepths,
-)
+from hf_earlyexit import EarlyExitConfig, EarlyExitT5ForConditionalGeneration
+from hf_earlyexit.objectives import ExitClassifiers, MultiExit
 from hf_earlyexit.training import EarlyExitTrainer
 from tests import laws
-from tests.tiny import VOCABULARY, tiny_inputs, tiny_stock, with_exits
+from tests.tiny import tiny_inputs, tiny_stock
+from tests.trainers import OBJECTIVES, arguments, collate, losses, make_trainer, moved, rows, state_of, tiny
 
 
-OBJECTIVES = {
-    "linear": MultiExit("linear"),
-    "uniform, last again": MultiExit("uniform", last_again=True),
-    "distillation": MultiExit("uniform", distillation=0.5),
-    "layer skip": LayerSkip(),
-    "layer skip, gradual": LayerSkip(curriculum="gradual", max_layer_dropout=0.3),
-    "sorted": SortedDepths((3,)),
-    "shallow deep": ShallowDeep(3),
-    "shallow deep, last": ShallowDeep(1, alignment="last"),
-    "self-distillation": SelfDistillation(),
-    "self-distillation, kl": SelfDistillation("kl"),
-    "self-distillation, choice": SelfDistillation("choice"),
-    "classifiers": ExitClassifiers(),
-    "classifiers, unbalanced": ExitClassifiers(balanced=False),
-    "classifiers, geometric": GeometricClassifiers(),
-    "classifiers, relaxed": RelaxedClassifiers(3),
-}
 # Heads at exit points that take no part; the one at layer 5 is the model's own.
 IDLE = {
     "layer skip": (1,),
@@ -56,69 +26,8 @@ IDLE = {
     "shallow deep": (1,),
     "shallow deep, last": (3,),
 }
-EXITS = EarlyExitConfig((1, 3, 5), ("norm", "linear", "shared"), ClassifierConfig("mlp", shared=False))
 # Of what it was: a cross-entropy cannot fall below the teacher's entropy, which is high here.
 FALLS_TO = {"self-distillation": 0.985}
-
-
-def tiny(dropout: float = 0.0, early_exit: EarlyExitConfig = EXITS, seed: int = 0):
-    return with_exits(tiny_stock(seed=seed, dtype=torch.float32, dropout_rate=dropout), early_exit)
-
-
-def rows(count: int = 24) -> list[dict]:
-    """A task that can be learnt: the target is the source's first tokens, 2 to 7 of them, and an end."""
-    generator = torch.Generator().manual_seed(0)
-    sources = torch.randint(4, VOCABULARY, (count, 8), generator=generator).tolist()
-    return [
-        {"input_ids": source, "attention_mask": [1] * 8, "labels": [*source[: 2 + row % 6], 1]}
-        for row, source in enumerate(sources)
-    ]
-
-
-def collate(batch: list[dict]) -> dict[str, torch.Tensor]:
-    longest = max(len(row["labels"]) for row in batch)
-    padded = [[*row["labels"], *[-100] * (longest - len(row["labels"]))] for row in batch]
-    inputs = {name: torch.tensor([row[name] for row in batch]) for name in ("input_ids", "attention_mask")}
-    return {**inputs, "labels": torch.tensor(padded)}
-
-
-def arguments(folder, **changes) -> Seq2SeqTrainingArguments:
-    values = {
-        "output_dir": str(folder),
-        "per_device_train_batch_size": 8,
-        "max_steps": 6,
-        "learning_rate": 1e-2,
-        "lr_scheduler_type": "constant",
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": "none",
-        "disable_tqdm": True,
-        "use_cpu": True,
-    }
-    return Seq2SeqTrainingArguments(**(values | changes))
-
-
-def make_trainer(model, folder, objective="linear", trainer_class=EarlyExitTrainer, **changes):
-    options = {"objective": OBJECTIVES[objective]} if trainer_class is EarlyExitTrainer else {}
-    data = {"train_dataset": rows(), "eval_dataset": rows()[:7], "data_collator": collate}
-    return trainer_class(model=model, args=arguments(folder, **changes), **data, **options)
-
-
-def losses(trainer) -> list[float]:
-    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-
-
-def moved(before: dict[str, torch.Tensor], model) -> set[str]:
-    return {name for name, tensor in model.state_dict().items() if not torch.equal(before[name], tensor)}
-
-
-def state_of(model) -> dict[str, torch.Tensor]:
-    return copy.deepcopy(model.state_dict())
-
-
-def assert_same_weights(model, other) -> None:
-    for (name, mine), theirs in zip(model.state_dict().items(), other.state_dict().values()):
-        torch.testing.assert_close(mine, theirs, msg=lambda text, name=name: f"{name}: {text}")
 
 
 # --- what moves -----------------------------------------------------------------------------------------------------
@@ -219,113 +128,6 @@ def test_training_the_model_makes_its_classifiers_untrained(tmp_path):
     model.config.early_exit["classifier"]["trained"] = True
     make_trainer(model, tmp_path, max_steps=1).train()
     assert not model.early_exit.classifier.trained
-
-
-# --- the same data give the same model ------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("objective", [name for name in OBJECTIVES if name != "layer skip, gradual"])
-def test_accumulated_batches_are_one_batch(objective, tmp_path):
-    """Rows have 3 to 8 labels, so a mean of means would not do. By SGD, since Adam blows rounding up. (Where layers
-    are left out at random, the same rows are not left out.)"""
-    whole, parts = tiny(), tiny()
-    one = make_trainer(whole, tmp_path / "one", objective, max_steps=3, optim="sgd")
-    accumulated = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
-    four = make_trainer(parts, tmp_path / "four", objective, max_steps=3, optim="sgd", **accumulated)
-    one.train()
-    four.train()
-    assert losses(one) == pytest.approx(losses(four), rel=1e-5)
-    assert_same_weights(whole, parts)
-
-
-def test_stock_trainer_accumulates_as_it_should(tmp_path):
-    """`accepts_loss_kwargs`: the library divides by the number of accumulated batches, since T5's loss does not."""
-    data = [row for row in rows(48) if len(row["labels"]) == 5]
-    found = []
-    for size, steps in ((8, 1), (2, 4)):
-        changes = {"per_device_train_batch_size": size, "gradient_accumulation_steps": steps, "max_steps": 1}
-        trainer = make_trainer(tiny(), tmp_path, trainer_class=Seq2SeqTrainer, **changes)
-        trainer.train_dataset = data
-        trainer.train()
-        found.append(losses(trainer)[0])
-    assert found[0] == pytest.approx(found[1], rel=1e-5)
-
-
-@pytest.mark.parametrize("objective", OBJECTIVES)
-def test_resumed_is_as_if_never_stopped(objective, tmp_path):
-    """With dropout, over the end of an epoch; full depth before is that of the first start."""
-    straight, stopped = tiny(dropout=0.1), tiny(dropout=0.1)
-    whole = make_trainer(straight, tmp_path / "straight", objective, max_steps=7)
-    expected = whole.train().metrics
-    half = make_trainer(stopped, tmp_path / "stopped", objective, max_steps=7, save_strategy="steps", save_steps=4)
-
-    class Stop(TrainerCallback):
-        def on_save(self, args, state, control, **kwargs):
-            control.should_training_stop = True
-
-    half.add_callback(Stop())
-    half.train()
-    again = make_trainer(tiny(dropout=0.1, seed=1), tmp_path / "stopped", objective, max_steps=7)
-    metrics = again.train(resume_from_checkpoint=True).metrics
-    assert losses(again) == pytest.approx(losses(whole), rel=1e-5)
-    assert_same_weights(again.model, straight)
-    names = [name for name in expected if name.endswith("_loss") and "train" not in name]
-    assert {name.partition("_")[0] for name in names} == {"before", "after"}
-    assert [metrics[name] for name in names] == pytest.approx([expected[name] for name in names], rel=1e-5)
-    full_depth_moves = metrics["before_loss"] != pytest.approx(metrics["after_loss"], rel=1e-3)
-    assert full_depth_moves == OBJECTIVES[objective].moves("shared.weight")
-
-
-def test_gradient_checkpointing_changes_nothing(tmp_path):
-    plain, checkpointed = tiny(dropout=0.1), tiny(dropout=0.1)
-    make_trainer(plain, tmp_path, max_steps=3).train()
-    trainer = make_trainer(checkpointed, tmp_path, max_steps=3, gradient_checkpointing=True)
-    trainer.train()
-    assert checkpointed.is_gradient_checkpointing
-    assert_same_weights(plain, checkpointed)
-
-
-@pytest.mark.parametrize("objective", ("linear", "distillation", "classifiers", "layer skip, gradual", "shallow deep"))
-def test_bf16_is_near_fp32(objective, tmp_path):
-    full, half = make_trainer(tiny(), tmp_path, objective), make_trainer(tiny(), tmp_path, objective, bf16=True)
-    full.train()
-    half.train()
-    assert losses(half)[0] == pytest.approx(losses(full)[0], rel=0.01) and losses(half)[0] != losses(full)[0]
-    assert losses(half)[-1] < losses(half)[0]
-    assert {parameter.dtype for parameter in half.model.parameters()} == {torch.float32}
-
-
-@pytest.fixture(scope="module")
-def one_process() -> dict:
-    return launch(["accelerate.commands.launch", "--cpu", "--num_processes", "1"])
-
-
-def launch(launcher: list[str]) -> dict:
-    """What `under_launch` prints when it is started so."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent.parent)}
-    command = [sys.executable, "-m", *launcher, __file__]
-    run = subprocess.run(command, capture_output=True, text=True, env=environment | {"ACCELERATE_USE_CPU": "true"})
-    assert run.returncode == 0, run.stderr[-2000:]
-    return json.loads(run.stdout.splitlines()[-1])
-
-
-@pytest.mark.parametrize(
-    ("launcher", "processes"),
-    [
-        # On a CPU accelerate 1.15 starts one process whatever it is told, unless through MPI; torchrun starts two.
-        (["accelerate.commands.launch", "--cpu", "--num_processes", "2"], {1, 2}),
-        (["torch.distributed.run", "--nproc-per-node", "2"], {2}),
-        (["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"], {2}),
-    ],
-)
-def test_two_processes_give_the_loss_of_one(one_process, launcher, processes):
-    """For two steps, over batches whose rows are of uneven lengths."""
-    found = launch(launcher)
-    assert found["processes"] in processes and one_process["processes"] == 1
-    assert len(found["losses"]) == 2 and found["losses"] == pytest.approx(one_process["losses"], rel=1e-5)
-    assert found["report"] == pytest.approx(one_process["report"], rel=1e-4, nan_ok=True)
-    # Where tokens are not counted over processes, each takes the mean over its own: nearly the same, not twice that.
-    assert found["by_process"] == pytest.approx(one_process["by_process"], rel=0.2)
 
 
 # --- what it says ---------------------------------------------------------------------------------------------------
@@ -492,24 +294,3 @@ def test_nothing_left_to_train_is_refused(tmp_path):
 def test_an_objective_needs_labels():
     with pytest.raises(ValueError, match="exit_objective.*labels"):
         tiny()(input_ids=torch.ones(1, 3, dtype=torch.long), exit_objective=MultiExit().token_losses)
-
-
-def under_launch() -> None:
-    """What each process of a launch does; the first one prints. Batches of all processes together are of 8 rows."""
-    import tempfile
-
-    torch.set_num_threads(1)
-    processes = int(os.environ.get("WORLD_SIZE", 1))
-    options = {"max_steps": 2, "per_device_train_batch_size": 8 // processes}
-    with tempfile.TemporaryDirectory() as folder:
-        trainer = make_trainer(tiny(), folder, **options)
-        trainer.train()
-        by_process = make_trainer(tiny(), folder, average_tokens_across_devices=False, **options)
-        by_process.train()
-        found = {"losses": losses(trainer), "by_process": losses(by_process), "report": trainer.report_exits()}
-        if trainer.is_world_process_zero():
-            print(json.dumps({**found, "processes": processes}))
-
-
-if __name__ == "__main__":
-    under_launch()
