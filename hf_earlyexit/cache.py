@@ -19,6 +19,7 @@ import torch
 from transformers import Cache
 
 from hf_earlyexit.rows import Rows
+from hf_earlyexit.transfer import to_device, to_host
 
 
 CATCH_UPS = ("project",)
@@ -79,6 +80,11 @@ class EarlyExitCache(Cache):
 
     # --- one step: catch up, write, park, advance -------------------------------------------------------------------
 
+    def lacks(self, layer: int, rows: Rows) -> bool:
+        """Whether `layer` has not all positions of `rows`."""
+        filled = self.filled[layer - 1]
+        return any(filled[row] < self.lengths[row] for row in rows)
+
     def catch_up(self, layer: int, rows: Rows, project: Projection) -> int:
         """Pay what `rows` owe `layer`; returns how many positions were filled.
 
@@ -104,7 +110,7 @@ class EarlyExitCache(Cache):
         """Fill the owed positions of several rows in one projection."""
         owed_rows = [row for row, start, stop in debts for _ in range(start, stop)]
         owed_positions = [position for _, start, stop in debts for position in range(start, stop)]
-        row, position = torch.tensor([owed_rows, owed_positions], device=self.device).unbind()
+        row, position = to_device([owed_rows, owed_positions], self.device).unbind()
         keys, values = project(layer, self.parked[row, position])
         self.keys[layer - 1][row, :, position] = keys.to(self.dtype)
         self.values[layer - 1][row, :, position] = values.to(self.dtype)
@@ -131,12 +137,31 @@ class EarlyExitCache(Cache):
         if start is not None and len(rows.runs) == 1:
             self.arena[:, first:last, rows.runs[0], :, start] = keys_values
         else:
-            positions = torch.tensor([self.lengths[row] for row in rows], device=self.device)
+            positions = to_device([self.lengths[row] for row in rows], self.device)
             by_row = self.arena[:, first:last].permute(2, 4, 0, 1, 3, 5)
             by_row[rows.index, positions] = keys_values.permute(2, 0, 1, 3, 4).to(self.dtype)
-        for filled in self.filled[first:last]:
+        self.mark_written(layers, rows)
+
+    def mark_written(self, layers: range, rows: Rows) -> None:
+        """Note that the current tokens' keys and values of neighbouring layers are in the arena."""
+        for filled in self.filled[layers[0] - 1 : layers[-1]]:
             for row in rows:
                 filled[row] = self.lengths[row] + 1
+
+    def adopt(self, arena: torch.Tensor) -> None:
+        """Lie in `arena [2, layers, rows, heads, capacity, head]` from now on; every position is forgotten.
+
+        Raises:
+            ValueError: It has another shape or dtype than this cache needs.
+        """
+        shape = (2, self.num_layers, self.num_rows, self.num_heads, arena.shape[4], self.head_dim)
+        if arena.shape != shape or arena.dtype != self.dtype:
+            found = f"{arena.dtype} of shape {list(arena.shape)}"
+            raise ValueError(f"`arena` must be {self.dtype} of shape {list(shape)}, got {found}.")
+        self._hold(arena)
+        self.parked = None
+        self.lengths = [0] * self.num_rows
+        self.filled = [[0] * self.num_rows for _ in range(self.num_layers)]
 
     def view(self, layer: int, rows: Rows, length: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of the first `length` positions, as views: of `rows` where these are neighbours, else of
@@ -152,7 +177,7 @@ class EarlyExitCache(Cache):
         if (position := self._common_length(rows)) is not None:
             rows.place(self.parked[:, position], hidden)
         else:
-            positions = torch.tensor([self.lengths[row] for row in rows], device=self.device)
+            positions = to_device([self.lengths[row] for row in rows], self.device)
             self.parked[rows.index, positions] = hidden
 
     def advance(self, rows: Rows, length: int = 1) -> None:
@@ -243,14 +268,14 @@ class EarlyExitCache(Cache):
 
         Cross-attention stays where it is while every row stays inside its prompt, since it is equal there.
         """
-        sources = beam_idx.tolist()
+        sources = to_host(beam_idx)
         moved = [row for row, source in enumerate(sources) if row != source]
         if not moved:
             return
         if any(self.prompts[row] != self.prompts[sources[row]] for row in moved):
             return self.batch_select_indices(beam_idx)
-        to = torch.tensor(moved, device=self.device)
-        source = torch.tensor([sources[row] for row in moved], device=self.device)
+        to = to_device(moved, self.device)
+        source = to_device([sources[row] for row in moved], self.device)
         for layer, filled in enumerate(self.filled):
             if used := max(filled):
                 self.arena[:, layer, to, :, :used] = self.arena[:, layer, source, :, :used]
@@ -261,7 +286,7 @@ class EarlyExitCache(Cache):
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keep the rows `indices`, in that order; a row may be named more than once, or not at all."""
-        sources = indices.tolist()
+        sources = to_host(indices)
         index = indices.to(self.device)
         self.num_rows = len(sources)
         arena, old = self._new_arena(self.capacity), self.arena

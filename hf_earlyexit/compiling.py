@@ -5,9 +5,10 @@ The switch is the library's: `cache_implementation="static"`, and `compile_confi
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import count
+from types import FunctionType
 
 import torch
 from transformers import GenerationConfig
@@ -16,58 +17,64 @@ from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
 
+# Graphs on CUDA are recorded by ourselves: the compiler's modes that record its own are taken without.
+MODES = {"reduce-overhead": None, "max-autotune": "max-autotune-no-cudagraphs"}
+
+_numbers = count()
+
 # A static cache holds a multiple of that many positions.
 STEP = 64
 
 
 @dataclass(frozen=True)
 class CompileOptions:
-    """What is passed to `torch.compile`: the library's `CompileConfig`, without what is always so, whole graphs."""
+    """What is passed to `torch.compile`: the library's `CompileConfig`, without what is always so, whole graphs.
 
-    backend: str | Callable = "inductor"
+    Attributes:
+        backend: None: nothing is compiled, kernels are torch's own.
+    """
+
+    backend: str | Callable | None = "inductor"
     mode: str | None = None
     options: tuple[tuple[str, str | int | bool], ...] | None = None
 
     @classmethod
     def of(cls, config: GenerationConfig, device: torch.device) -> CompileOptions | None:
-        """Those of a prepared generation config; None where nothing is to be compiled.
-
-        Raises:
-            ValueError: This torch keeps one count of graphs for all functions, and would run out of them.
-        """
-        if config.cache_implementation != "static" or config.disable_compile:
+        """Those of a prepared generation config; None where nothing is to be compiled or recorded."""
+        if config.cache_implementation != "static":
             return None
-        usual, given = cls.on(device), config.compile_config
+        if config.disable_compile:
+            return cls(backend=None) if device.type == "cuda" else None
+        given = config.compile_config
         if given is None:
-            return usual
+            return cls()
         options = None if given.options is None else tuple(sorted(given.options.items()))
-        # The library's default mode is about CUDA graphs.
-        mode = None if options or (device.type != "cuda" and given.mode == "reduce-overhead") else given.mode
-        return cls(given.backend, mode, options)
+        return cls(given.backend, None if options else MODES.get(given.mode, given.mode), options)
 
-    @classmethod
-    def on(cls, device: torch.device) -> CompileOptions:
-        """The usual ones: with CUDA graphs where there is CUDA.
-
-        Raises:
-            ValueError: This torch keeps one count of graphs for all functions, and would run out of them.
-        """
-        if "isolate_recompiles" not in inspect.signature(torch.compile).parameters:
-            raise ValueError(
-                f'`cache_implementation="static"` needs torch 2.13 or later to compile, found {torch.__version__}: '
-                "upgrade it, or pass `disable_compile=True`."
-            )
-        return cls(mode="reduce-overhead" if device.type == "cuda" else None)
-
-    def compile(self, function: Callable) -> Callable:
+    def compile(self, function: Callable, dynamic: bool | None = None) -> Callable:
         """The function, compiled when it is first called with arguments of a kind."""
+        if self.backend is None:
+            return function
         logger.warning_once(
-            "Compiling the decoder: the first calls take a quarter of a minute for every length of stretch between "
-            "exit points and every bucket of rows, later ones nothing. `model.warm_up(...)` does it beforehand."
+            "Compiling the decoder: the first calls take a quarter of a minute for every length of segment between "
+            "exit points and every number of rows, later ones nothing. `model.warm_up(...)` does it beforehand."
         )
         options = None if self.options is None else dict(self.options)
-        limits = {"isolate_recompiles": True, "recompile_limit": 64}
-        return torch.compile(function, fullgraph=True, backend=self.backend, mode=self.mode, options=options, **limits)
+        call, arguments = {"backend": self.backend, "mode": self.mode, "options": options}, {"dynamic": dynamic}
+        return torch.compile(with_code_of_its_own(function), fullgraph=True, **call, **arguments)
+
+
+def with_code_of_its_own(function: Callable) -> Callable:
+    """The function behind a code object that no other function has.
+
+    `torch.compile` counts recompilations by code object, across all models and shapes, and stops at a limit.
+    """
+
+    def call(*args):
+        return function(*args)
+
+    code = call.__code__.replace(co_name=f"call_{next(_numbers)}")
+    return FunctionType(code, call.__globals__, code.co_name, None, call.__closure__)
 
 
 def static_capacity(max_length: int) -> int:

@@ -7,6 +7,7 @@ file knows of an encoder-decoder model what the library's loops know; a family's
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ from hf_earlyexit.certified import CertifiedMixin
 from hf_earlyexit.compiling import CompileOptions, static_capacity
 from hf_earlyexit.layers import stretches
 from hf_earlyexit.lean import generate_tokens
+from hf_earlyexit.policies import ExitCriterion
 from hf_earlyexit.prepared import PreparedMixin
 from hf_earlyexit.refusals import around_the_hooks, not_supported, refuse
 from hf_earlyexit.run import ExitRun, RecordingStoppingCriteria
@@ -123,7 +125,8 @@ class EarlyExitGenerationMixin(CertifiedMixin, PreparedMixin):
                 vocabulary head, asked where they are sure, says the same token.
             batch_exit: `"row"`: every row leaves at its own layer. `"batch"`: all where the last row has passed.
                 `"batch_joint"`: all where all pass.
-            fill: `"lazy"`: keys and values of skipped layers are projected when first needed. `"eager"`: at once.
+            fill: `"lazy"`: keys and values of skipped layers are projected when first needed. `"eager"`: at once. If
+                not given, eager where CUDA graphs decode, since a graph has one size, and lazy elsewhere.
             strict_certificate: True: what the model's certificate does not cover is refused. Else it warns, once.
             record_exits: True: what every exit says of every token, and whether full depth agreed, is in the output.
                 With `exit_threshold=None` exits are asked and nobody leaves. Each exit then meets the vocabulary head.
@@ -172,8 +175,12 @@ class EarlyExitGenerationMixin(CertifiedMixin, PreparedMixin):
         exit_layers: Sequence[int] | None = None,
         early_exit: bool = True,
         compile_config: CompileConfig | None = None,
+        disable_compile: bool = False,
+        exit_criterion: str | ExitCriterion | None = None,
     ) -> None:
         """Compile what `generate(cache_implementation="static")` will need, so that no call has to wait for it.
+
+        On CUDA, graphs are recorded as well: those of a number of rows serve batches up to the next power of two.
 
         Prepares the model (`prepare_for_generation`). What is compiled serves other lengths and batches, too; a batch
         of one has graphs of its own, and so has the model after it was prepared anew.
@@ -186,18 +193,28 @@ class EarlyExitGenerationMixin(CertifiedMixin, PreparedMixin):
                 all of the model, if None.
             early_exit: False: nobody will be asked.
             compile_config: As it will be given to `generate`.
+            disable_compile: Likewise. On CUDA graphs are recorded all the same, of kernels as torch has them.
+            exit_criterion: Likewise; that of `generation_config` if None. Graphs evaluate it.
 
         Raises:
             ValueError: The decoder cannot be prepared, or an exit layer is none of the model's.
         """
-        config = GenerationConfig(cache_implementation="static", compile_config=compile_config)
-        walk = stretches(self.config.num_decoder_layers, self._layers_to_ask(exit_layers) if early_exit else ())
+        options = {"compile_config": compile_config, "disable_compile": disable_compile}
+        config = GenerationConfig(cache_implementation="static", **options)
+        exit_points = self._layers_to_ask(exit_layers) if early_exit else ()
+        walk = stretches(self.config.num_decoder_layers, exit_points)
         compiling = CompileOptions.of(config, self.device)
         copy = self._copy_for_call(needed=True)
         states = torch.zeros(batch_size, source_length, self.config.d_model, dtype=self.dtype, device=self.device)
-        cache = self._cache_for(None, states, static_capacity(max_new_tokens + 1), "lazy")
+        fill = self._fill(ExitSettings(), compiling)
+        cache = self._cache_for(None, states, static_capacity(max_new_tokens + 1), fill)
         cache.attach_encoder(states)
         decoder = self._new_decoder(copy, cache, compiling=compiling)
+        stored = ExitSettings.merge({}, None, self.generation_config)
+        if exit_points and exit_criterion is not None:
+            stored = dataclasses.replace(stored, exit_criterion=exit_criterion)
+        if exit_points and stored.exit_criterion is not None:
+            decoder.expect(stored.criterion, exit_points)
         for _ in tqdm(decoder.warm_up(walk, cache), desc="Compiling", unit="graph"):
             pass
 
@@ -251,13 +268,14 @@ class EarlyExitGenerationMixin(CertifiedMixin, PreparedMixin):
         states = model_kwargs["encoder_outputs"][0]
         is_static = generation_config.cache_implementation == "static"
         capacity = static_capacity(max_length) if is_static else min(max_length, 128)
-        cache = self._cache_for(model_kwargs.get("past_key_values"), states, capacity, settings.fill)
+        compiling = generation_config._exit_compiling
+        room = 1 if self._records_graphs(compiling) else capacity  # graphs bring their own arena
+        cache = self._cache_for(model_kwargs.get("past_key_values"), states, room, self._fill(settings, compiling))
         cache.attach_encoder(states, rows_per_prompt=max(1, len(states) // batch_size))
         model_kwargs["past_key_values"] = cache
         masks = (model_kwargs.get("attention_mask"), model_kwargs.get("decoder_attention_mask"))
-        model_kwargs["exit_decoder"] = self._new_decoder(
-            generation_config._exit_copy, cache, masks, generation_config._exit_compiling
-        )
+        decoder = self._new_decoder(generation_config._exit_copy, cache, masks, compiling, capacity)
+        model_kwargs["exit_decoder"] = decoder
         model_kwargs["exit_run"] = generation_config._exit_run = (WatchedRun if settings.record_exits else ExitRun)(
             settings,
             settings.exit_points(self.early_exit, cache.num_layers),
@@ -266,6 +284,14 @@ class EarlyExitGenerationMixin(CertifiedMixin, PreparedMixin):
             max_length=generation_config.max_length,
             device=states.device,
         )
+        if settings.asks:
+            decoder.expect(settings.criterion, generation_config._exit_run.exit_points)
+
+    def _fill(self, settings: ExitSettings, compiling: CompileOptions | None) -> str:
+        """When keys and values of skipped layers are projected."""
+        if settings.fill is not None:
+            return settings.fill
+        return "eager" if self._records_graphs(compiling) else "lazy"
 
     def _get_stopping_criteria(self, generation_config, *args, **kwargs) -> StoppingCriteriaList:
         criteria = super()._get_stopping_criteria(generation_config, *args, **kwargs)
@@ -303,6 +329,8 @@ class EarlyExitGenerationMixin(CertifiedMixin, PreparedMixin):
             output = super()._sample(*call, synced_gpus=True, streamer=streamer, **model_kwargs)
             return _with_exits(output, run)
         decoder, cache = model_kwargs["exit_decoder"], model_kwargs["past_key_values"]
+        # The token loop itself tells the run which rows have ended.
+        call = (input_ids, logits_processor, StoppingCriteriaList(stopping_criteria), generation_config)
         return _with_exits(generate_tokens(*call, decoder, cache, run, streamer), run)
 
     def _beam_search(self, *args, **kwargs):

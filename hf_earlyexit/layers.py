@@ -13,9 +13,10 @@ import torch
 from torch import nn
 
 from hf_earlyexit.cache import EarlyExitCache
-from hf_earlyexit.policies import ExitPoint, at_places
+from hf_earlyexit.policies import ExitCriterion, ExitPoint
 from hf_earlyexit.rows import Rows
 from hf_earlyexit.run import ExitRun
+from hf_earlyexit.transfer import take
 
 
 class DecoderShape(NamedTuple):
@@ -45,6 +46,16 @@ class Decoder(Protocol):
     def begin_step(self, rows: Rows, cache: EarlyExitCache, length: int) -> None:
         """Prepare what the layers of one step share (masks, relative bias) for `length` positions behind the cache."""
 
+    def begin_prompt(self, rows: Rows, cache: EarlyExitCache, length: int) -> None:
+        """As `begin_step`, for positions that `run_block` runs."""
+
+    def expect(self, criterion: ExitCriterion, exit_points: Collection[int]) -> None:
+        """The criterion of the call and where it is evaluated, for adapters that do so together with the layers."""
+
+    def answer(self, layer: int, rows: Rows) -> Answer | None:
+        """What the criterion says of the rows that `run_blocks` has just taken through `layer`, if it was evaluated
+        there."""
+
     def run_block(self, layer: int, hidden: torch.Tensor, rows: Rows, cache: EarlyExitCache) -> torch.Tensor:
         """`[rows, length, hidden]`, the block's output; writes the rows' keys and values."""
 
@@ -73,6 +84,13 @@ class Decoder(Protocol):
         """`[rows]`, the exit classifier on `hidden [rows, hidden]`."""
 
 
+class Answer(NamedTuple):
+    """What a criterion said: a confidence per row, and the logits `[rows, vocabulary]` if it looked at them."""
+
+    confidences: list[float]
+    logits: torch.Tensor | None
+
+
 class Departure(NamedTuple):
     """Rows that left the decoder after `layer` with `hidden [rows, hidden]`, and their logits if already known."""
 
@@ -92,6 +110,8 @@ def decode_step(decoder: Decoder, ids: torch.Tensor, cache: EarlyExitCache, run:
         return decoder.no_logits(run.batch_size)
     if ids.shape[1] > 1:
         run_prompt(decoder, ids[:, :-1], cache, run, rows)
+    cache.reserve(rows)
+    decoder.begin_step(rows, cache, 1)
     departures = run_layers(decoder, decoder.embed(ids[:, -1:], rows), cache, run, rows)
     logits = gather_logits(decoder, departures, run)
     run.see_logits(logits)
@@ -104,14 +124,14 @@ def run_layers(
     """Walk one position of `rows` through the decoder, each row as deep as it goes.
 
     Args:
-        hidden: `[rows, 1, hidden]`, embeddings.
+        hidden: `[rows, 1, hidden]`, embeddings; the cache has room for them and the decoder has begun the step.
     """
     started, departures = rows, []
-    cache.reserve(rows)
-    decoder.begin_step(rows, cache, 1)
     for stretch in stretches(decoder.num_layers, run.exit_points):
+        if cache.lacks(stretch[-1], rows):  # what a layer has of a row, the layers below it have, too
+            for layer in stretch:
+                run.work.filled_positions[layer] += cache.catch_up(layer, rows, decoder.project)  # a debt is paid here
         for layer in stretch:
-            run.work.filled_positions[layer] += cache.catch_up(layer, rows, decoder.project)  # a debt is paid here
             run.work.layer_rows[layer] += len(rows)
         hidden, previous = decoder.run_blocks(stretch, hidden, rows, cache)
         layer = stretch[-1]
@@ -125,7 +145,7 @@ def run_layers(
             departures.append(departure)
             owe(decoder, departure, cache, run)
         staying = sorted(set(range(len(rows))) - set(leaving))
-        rows, hidden = rows.choose(staying), hidden[staying]
+        rows, hidden = rows.choose(staying), take(hidden, staying)
         if not staying:
             break
     if rows:
@@ -146,7 +166,7 @@ def run_prompt(decoder: Decoder, ids: torch.Tensor, cache: EarlyExitCache, run: 
     """Run the positions of a decoder prompt that no token comes from through every layer."""
     length = ids.shape[1]
     cache.reserve(rows, length)
-    decoder.begin_step(rows, cache, length)
+    decoder.begin_prompt(rows, cache, length)
     hidden = decoder.embed(ids, rows)
     for layer in range(1, decoder.num_layers + 1):
         hidden = decoder.run_block(layer, hidden, rows, cache)
@@ -185,7 +205,13 @@ def exit_point(
 
     positions = [cache.lengths[row] for row in rows]
     states, classify = (hidden[:, 0], previous[:, 0]), decoder.exit_probability
-    return ExitPoint(layer, rows.indices, positions, *states, score, classify, score_some, run.shortlist, run.streaks)
+    point = ExitPoint(layer, rows.indices, positions, *states, score, classify, score_some, run.shortlist, run.streaks)
+    if (answer := decoder.answer(layer, rows)) is not None:
+        point.answer = answer.confidences
+        if answer.logits is not None:
+            point.logits = answer.logits
+            run.work.head_rows[layer] += len(rows)
+    return point
 
 
 def depart(point: ExitPoint, rows: Rows, leaving: list[int]) -> list[Departure]:
@@ -194,7 +220,7 @@ def depart(point: ExitPoint, rows: Rows, leaving: list[int]) -> list[Departure]:
         Departure(
             rows if len(places) == len(rows) else rows.choose(places),
             point.layer,
-            at_places(point.hidden, places),
+            take(point.hidden, places),
             logits,
         )
         for places, logits in point.known_logits(leaving)

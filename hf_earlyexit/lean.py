@@ -16,6 +16,7 @@ from transformers.generation import GenerateEncoderDecoderOutput
 from hf_earlyexit.cache import EarlyExitCache
 from hf_earlyexit.layers import Decoder, decode_step
 from hf_earlyexit.run import ExitRun
+from hf_earlyexit.transfer import to_host
 
 
 def generate_tokens(
@@ -40,8 +41,8 @@ def generate_tokens(
     wanted = generation_config.return_dict_in_generate
     scores = () if wanted and generation_config.output_scores else None
     logits = () if wanted and generation_config.output_logits else None
-    pads_ended = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
-    padding = generation_config._pad_token_tensor.to(input_ids.device) if pads_ended else None
+    rests_ended = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
+    padding = generation_config._pad_token_tensor.to(input_ids.device) if rests_ended else None
     ended = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
     new_ids = ids = input_ids
     while True:
@@ -59,8 +60,11 @@ def generate_tokens(
         if streamer is not None:
             streamer.put(tokens.cpu())
         ended = ended | stopping_criteria(ids, scores)
-        if bool(ended.all()):
+        has_ended = to_host(ended)  # the one read of a step at full depth
+        if all(has_ended):
             break
+        if rests_ended:
+            run.record_finished(has_ended)
     if streamer is not None:
         streamer.end()
     if not wanted:

@@ -22,6 +22,7 @@ from hf_earlyexit.layers import decode_step
 from hf_earlyexit.stock import stock_of
 from hf_earlyexit.t5 import T5Decoder
 from hf_earlyexit.t5_compiled import CompiledT5Decoder
+from hf_earlyexit.t5_graphs import GraphedT5Decoder
 from hf_earlyexit.t5_prepared import PreparedT5, PreparedT5Decoder, refuse_hooks
 
 
@@ -36,6 +37,7 @@ class EarlyExitT5ForConditionalGeneration(EarlyExitGenerationMixin, T5ForConditi
     decoder_adapter = T5Decoder
     prepared_adapter = PreparedT5Decoder
     compiled_adapter = CompiledT5Decoder
+    graphed_adapter = GraphedT5Decoder
     prepare_weights = PreparedT5
     refuse_hooks = staticmethod(refuse_hooks)
     # T5 takes `num_items_in_batch` and ignores it, so that a `Trainer` that believes it was heeded does not divide the

@@ -46,6 +46,17 @@ class PackedLinear:
         self.is_packed = weight.numel() >= SMALLEST_PACKED and packs(weight.dtype, weight.device)
         self.weight = torch.ops.mkldnn._reorder_linear_weight(weight, ROW_TILE) if self.is_packed else weight
 
+    @property
+    def plain_weight(self) -> torch.Tensor:
+        """`[out, in]`, as `torch.nn.functional.linear` takes it.
+
+        Raises:
+            RuntimeError: It is packed.
+        """
+        if self.is_packed:
+            raise RuntimeError("A packed weight is laid out for one kernel: there is no plain one.")
+        return self.weight
+
     def __call__(self, rows: torch.Tensor) -> torch.Tensor:
         if not self.is_packed:
             return linear(rows, self.weight)
@@ -54,6 +65,8 @@ class PackedLinear:
 
 
 def at_least_a_tile(rows: torch.Tensor) -> torch.Tensor:
-    """`rows [rows, width]`, with rows of zeros behind them if they are fewer than a tile."""
+    """`rows [rows, width]`, on a CPU with rows of zeros behind them if they are fewer than a tile."""
+    if not rows.is_cpu:  # nothing is packed there
+        return rows
     missing = ROW_TILE - rows.shape[0]
     return torch.constant_pad_nd(rows, (0, 0, 0, missing)) if missing > 0 else rows

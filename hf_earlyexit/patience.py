@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from hf_earlyexit.transfer import take
+
 
 if TYPE_CHECKING:
     from hf_earlyexit.policies import ExitPoint
@@ -48,7 +50,7 @@ class Streaks:
             return choices, lengths
         places = {row: place for place, row in enumerate(known)}
         chosen = [places[row] for row in rows]
-        return choices[chosen], lengths[chosen]
+        return take(choices, chosen), take(lengths, chosen)
 
 
 @dataclass(frozen=True)

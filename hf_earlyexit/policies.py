@@ -15,6 +15,7 @@ from typing import Protocol
 import torch
 
 from hf_earlyexit.patience import Patience, Streaks
+from hf_earlyexit.transfer import take, to_host
 
 
 class Shortlist:
@@ -42,7 +43,7 @@ class Shortlist:
         if rows == known:
             return ids
         places = {row: place for place, row in enumerate(known)}
-        return ids[[places[row] for row in rows]]
+        return take(ids, [places[row] for row in rows])
 
 
 class ExitPoint:
@@ -54,6 +55,7 @@ class ExitPoint:
     Attributes:
         layer: Layers run so far, counted from 1.
         rows: The batch rows asked about, ascending.
+        answer: Their confidences, where the criterion was evaluated together with the layers; else None.
         positions: Their decoder positions, one per row; the first new token of an unprompted T5 is at 0.
         hidden: `[rows, hidden]`, the output of block `layer`, before any norm.
         previous: `[rows, hidden]`, the output of the block below; the embeddings at layer 1.
@@ -80,6 +82,7 @@ class ExitPoint:
         self.hidden, self.previous = hidden, previous
         self._score, self._classify, self._score_some = score, classify, score_some
         self._shortlist, self._streaks = shortlist or Shortlist(), streaks or Streaks()
+        self.answer: list[float] | None = None
         self._streak: dict[int | None, torch.Tensor] = {}
         self._scores: dict[int, torch.Tensor] = {}
         self._judged: list[
@@ -145,25 +148,25 @@ class ExitPoint:
         if not places or not self._judged:
             return passed
         if self.scored is not None:
-            logits = at_places(self.scored, places)
+            logits = take(self.scored, places)
         else:
-            logits = self._score(self.layer, at_places(self.hidden, places))
+            logits = self._score(self.layer, take(self.hidden, places))
         self._confirming = places, logits
         says = logits.argmax(dim=-1)
         favourites = [ids.gather(1, logits.argmax(dim=-1, keepdim=True))[:, 0] for ids, logits in self._judged]
-        agrees = torch.stack([at_places(favourite, places) == says for favourite in favourites]).all(dim=0)
-        confirmed = {place for place, ok in zip(places, agrees.tolist()) if ok}
+        agrees = torch.stack([take(favourite, places) == says for favourite in favourites]).all(dim=0)
+        confirmed = {place for place, ok in zip(places, to_host(agrees)) if ok}
         return [place in confirmed for place in range(len(passed))]
 
     def known_logits(self, places: list[int]) -> list[tuple[list[int], torch.Tensor | None]]:
         """The places in at most two groups: those whose logits `[rows, vocabulary]` were computed, with these, and
         those whose were not, with None."""
         if self.scored is not None:
-            return [(places, at_places(self.scored, places))]
+            return [(places, take(self.scored, places))]
         seen, logits = self._confirming or ([], None)
         where = {place: index for index, place in enumerate(seen)}
         known = [place for place in places if place in where]
-        groups = [(known, at_places(logits, [where[place] for place in known]))] if known else []
+        groups = [(known, take(logits, [where[place] for place in known]))] if known else []
         unknown = [place for place in places if place not in where]
         return [*groups, (unknown, None)] if unknown else groups
 
@@ -259,7 +262,7 @@ class FixedLayer:
     exit_layer: int
 
     def confidence(self, point: ExitPoint) -> torch.Tensor:
-        return point.hidden.new_full((len(point.rows),), float(point.layer >= self.exit_layer), dtype=torch.float32)
+        return torch.full((len(point.rows),), float(point.layer >= self.exit_layer))  # on the host: nothing is read
 
 
 CRITERIA: dict[str, type] = {
@@ -271,7 +274,16 @@ CRITERIA: dict[str, type] = {
     "patience": Patience,
     "fixed": FixedLayer,
 }
+ON_DEVICE = (SoftmaxResponse, MaxProbability, Entropy, StateSimilarity, ExitClassifier)
 WITH_CANDIDATES = tuple(name for name, kind in CRITERIA.items() if hasattr(kind, "candidates"))
+
+
+def needs_no_host(criterion: ExitCriterion) -> bool:
+    """Whether a criterion is device work alone, of shapes that do not change: it can be part of a recorded graph.
+
+    Candidates and patience are chosen by what earlier exits of the step said, which the host keeps.
+    """
+    return type(criterion) in ON_DEVICE and getattr(criterion, "candidates", None) is None
 
 
 @dataclass(frozen=True)
@@ -334,11 +346,6 @@ BATCH_RULES: dict[str, Callable[[list[bool], list[bool]], list[bool]]] = {
     "batch": all_leave_once_each_has_passed,
     "batch_joint": all_leave_where_all_pass,
 }
-
-
-def at_places(tensor: torch.Tensor, places: list[int]) -> torch.Tensor:
-    """`tensor [rows, ...]` at these ascending places; all of it as it is."""
-    return tensor if len(places) == len(tensor) else tensor[places]
 
 
 def log_probabilities(logits: torch.Tensor) -> torch.Tensor:

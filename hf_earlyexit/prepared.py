@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from hf_earlyexit import graphs
 from hf_earlyexit.cache import EarlyExitCache
 from hf_earlyexit.compiling import CompileOptions
 from hf_earlyexit.fingerprint import weights_marks
@@ -30,6 +31,7 @@ class PreparedMixin:
     decoder_adapter: Callable[..., Decoder]
     prepared_adapter: Callable[..., Decoder]
     compiled_adapter: Callable[..., Decoder]
+    graphed_adapter: Callable[..., Decoder]
     prepare_weights: Callable
     refuse_hooks: Callable
     _prepared_copy: PreparedCopy | None = None
@@ -70,17 +72,26 @@ class PreparedMixin:
         cache: EarlyExitCache,
         masks: tuple[Any, Any] = (None, None),
         compiling: CompileOptions | None = None,
+        capacity: int | None = None,
     ) -> Decoder:
         """The adapter for one `generate` call, on the copy if there is one.
 
         Args:
             masks: Of the encoder and of the decoder prompt.
+            capacity: Positions that the call needs; as many as the cache has room for if None.
         """
         if copy is None:
             return self.decoder_adapter(self, cache, *masks)
         if compiling is None:
             return self.prepared_adapter(copy.weights, self, cache, *masks)
+        if self._records_graphs(compiling):
+            self.graphed_adapter.lend(copy.weights, self, cache, capacity or cache.capacity)
+            return self.graphed_adapter(copy.weights, compiling, self, cache, *masks)
         return self.compiled_adapter(copy.weights, compiling, self, cache, *masks)
+
+    def _records_graphs(self, compiling: CompileOptions | None) -> bool:
+        """Whether a call with these options decodes with recorded graphs."""
+        return compiling is not None and graphs.recorder_for(self.device) is not None
 
     def _copy_for_call(self, needed: bool) -> PreparedCopy | None:
         """Before a call does any work: the copy it is to use. One of other weights is dropped; where one is `needed`

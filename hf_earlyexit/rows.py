@@ -10,6 +10,8 @@ from functools import cached_property
 
 import torch
 
+from hf_earlyexit.transfer import to_device
+
 
 LARGE_ROW = 16_384
 
@@ -48,7 +50,7 @@ class Rows:
     @cached_property
     def index(self) -> torch.Tensor:
         """The rows as a `LongTensor [rows]`."""
-        return torch.tensor(self.indices, dtype=torch.long, device=self.device)
+        return to_device(self.indices, self.device)
 
     @cached_property
     def runs(self) -> list[slice]:

@@ -7,7 +7,7 @@ may generate on one model. Knows nothing of models and caches.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +17,7 @@ from hf_earlyexit.patience import Streaks
 from hf_earlyexit.policies import BATCH_RULES, ExitPoint, Shortlist
 from hf_earlyexit.rows import Rows
 from hf_earlyexit.settings import ExitSettings
+from hf_earlyexit.transfer import to_host
 
 
 class Work:
@@ -77,7 +78,7 @@ class ExitRun:
             self.rule = BATCH_RULES[settings.batch_exit]
         self.work = Work()
         self.steps: list[StepRecord] = []
-        self._finished: torch.Tensor | None = None
+        self._finished: Sequence[bool] = [False] * batch_size
         self._live = Rows.everyone(batch_size, device)
 
     # --- a step -----------------------------------------------------------------------------------------------------
@@ -90,18 +91,16 @@ class ExitRun:
         """
         if not self.steps:
             self.prompt_length = length
-        if self._finished is not None:
-            finished = self._finished.tolist()
-            if any(finished[row] for row in self._live):
-                self._live = Rows([row for row in self._live if not finished[row]], self.batch_size, self.device)
+        if any(self._finished[row] for row in self._live):
+            self._live = Rows([row for row in self._live if not self._finished[row]], self.batch_size, self.device)
         self.steps.append(StepRecord([0] * self.batch_size, [float("nan")] * self.batch_size))
         self._has_passed = set()
         self.shortlist, self.streaks = Shortlist(), Streaks()
         return self._live
 
     def leavers(self, point: ExitPoint) -> list[int]:
-        """The places, among the rows of `point`, of those that leave here. One host transfer, and one more where rows
-        that pass were judged by candidates."""
+        """The places, among the rows of `point`, of those that leave here. One read of the device, and one more where
+        rows that pass were judged by candidates."""
         confidences = self._confidences(point)
         thresholds = [self._threshold(position) for position in point.positions]
         passed = point.confirm([confidence >= threshold for confidence, threshold in zip(confidences, thresholds)])
@@ -113,6 +112,8 @@ class ExitRun:
         return leaving
 
     def _confidences(self, point: ExitPoint) -> list[float]:
+        if point.answer is not None:
+            return point.answer
         confidence = self.criterion.confidence(point)
         if not isinstance(confidence, torch.Tensor) or confidence.shape != (len(point.rows),):
             found = list(confidence.shape) if isinstance(confidence, torch.Tensor) else type(confidence).__name__
@@ -120,7 +121,7 @@ class ExitRun:
                 f"`exit_criterion` {type(self.criterion).__name__} must give a tensor of shape [{len(point.rows)}], "
                 f"one confidence per row asked about, got {found}."
             )
-        return confidence.tolist()
+        return to_host(confidence)
 
     def _threshold(self, position: int) -> float:
         token = position - (self.prompt_length - 1)
@@ -131,9 +132,9 @@ class ExitRun:
         step = self.steps[-1]
         step.layers[row], step.confidences[row] = layer, confidence
 
-    def record_finished(self, finished: torch.Tensor) -> None:
-        """Rows that the stopping criteria have ended, `[batch]`; they run nothing any more."""
-        self._finished = finished if self._finished is None else self._finished | finished
+    def record_finished(self, finished: Sequence[bool]) -> None:
+        """Rows that the stopping criteria have ended by now, one flag per row; they run nothing any more."""
+        self._finished = [before or now for before, now in zip(self._finished, finished)]
 
     def see_logits(self, logits: torch.Tensor) -> None:
         """What the step has come to, `[batch, 1, vocabulary]`; of no interest to a run that is not watched."""
@@ -172,5 +173,5 @@ class RecordingStoppingCriteria(StoppingCriteriaList):
 
     def __call__(self, input_ids: torch.LongTensor, scores, **kwargs) -> torch.BoolTensor:
         finished = super().__call__(input_ids, scores, **kwargs)
-        self.run.record_finished(finished)
+        self.run.record_finished(to_host(finished))
         return finished

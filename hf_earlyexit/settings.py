@@ -37,7 +37,7 @@ class ExitSettings:
         exit_candidates: With a criterion of `WITH_CANDIDATES`, how many tokens are scored after a token's first exit
             point; the whole vocabulary if None.
         batch_exit: A name of `BATCH_RULES`.
-        fill: `"lazy"` or `"eager"` (see `EarlyExitCache`).
+        fill: `"lazy"` or `"eager"` (see `EarlyExitCache`); None: eager where graphs are recorded, lazy elsewhere.
         strict_certificate: Whether a call that the model's certificate does not cover is refused.
         record_exits: Whether all that exits say is recorded; without early exit they are asked all the same.
     """
@@ -50,7 +50,7 @@ class ExitSettings:
     exit_layers: Sequence[int] | None = None
     exit_candidates: int | None = None
     batch_exit: str = "row"
-    fill: str = "lazy"
+    fill: str | None = None
     strict_certificate: bool = False
     record_exits: bool = False
 
@@ -96,7 +96,8 @@ class ExitSettings:
             )
         self._check_schedule()
         _check_choice("batch_exit", self.batch_exit, BATCH_RULES)
-        _check_choice("fill", self.fill, FILLS)
+        if self.fill is not None:
+            _check_choice("fill", self.fill, FILLS)
         threshold = self.exit_threshold
         if threshold is not None and not (is_number(threshold) and 0 <= threshold <= 1):
             raise ValueError(

@@ -6,6 +6,7 @@ it is, with a view of the cache that looks like the library's own.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import NamedTuple
 
 import torch
@@ -16,8 +17,10 @@ from transformers.models.t5.modeling_t5 import eager_attention_forward
 
 from hf_earlyexit import attention
 from hf_earlyexit.cache import EarlyExitCache
-from hf_earlyexit.layers import DecoderShape
+from hf_earlyexit.layers import Answer, DecoderShape
+from hf_earlyexit.policies import ExitCriterion
 from hf_earlyexit.rows import Rows
+from hf_earlyexit.transfer import to_device
 
 
 attention.register("sdpa", sdpa_attention_forward, attention.sdpa)
@@ -115,6 +118,15 @@ class T5Decoder:
         self.view.self_attention_cache.length = self.self_bias.shape[-1]
         self._follow(rows)
 
+    def begin_prompt(self, rows: Rows, cache: EarlyExitCache, length: int) -> None:
+        self.begin_step(rows, cache, length)
+
+    def expect(self, criterion: ExitCriterion, exit_points: Collection[int]) -> None:
+        pass
+
+    def answer(self, layer: int, rows: Rows) -> Answer | None:
+        return None
+
     def run_block(self, layer: int, hidden: torch.Tensor, rows: Rows, cache: EarlyExitCache) -> torch.Tensor:
         cache.fill_cross(layer, rows, self.project_source)
         if rows is not self.view.self_attention_cache.rows:
@@ -197,7 +209,7 @@ class T5Decoder:
     def _bias_at(self, starts: list[int], length: int, keys: int) -> torch.Tensor:
         """Relative bias `[batch, heads, length, keys]` of rows that hold `starts` positions, later keys shut out."""
         device = self.reversed_bias.device
-        positions = torch.tensor(starts, device=device)[:, None] + torch.arange(length, device=device)
+        positions = to_device(starts, device)[:, None] + torch.arange(length, device=device)
         distance = positions[:, :, None] - torch.arange(keys, device=device)
         bias_by_distance = self.reversed_bias[0, :, 0].flip(-1)
         bias = bias_by_distance[:, distance.clamp(min=0)].transpose(0, 1)

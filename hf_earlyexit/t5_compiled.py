@@ -19,6 +19,7 @@ from hf_earlyexit.compiling import CompileOptions
 from hf_earlyexit.rows import Rows
 from hf_earlyexit.t5_prepared import PreparedT5, PreparedT5Decoder
 from hf_earlyexit.t5_regions import LinearMap, Past, Present, Region, RegionLayer
+from hf_earlyexit.transfer import to_device
 
 
 # Longer stretches are several calls of one graph: a graph of 4 layers takes a quarter of a minute to compile, a call
@@ -35,7 +36,7 @@ class CompiledT5Decoder(PreparedT5Decoder):
 
     def __init__(self, prepared: PreparedT5, options: CompileOptions, model: nn.Module, cache: EarlyExitCache, *masks):
         super().__init__(prepared, model, cache, *masks)
-        self.compiled = compiled_region(prepared, options, model)
+        self.prepared, self.options = prepared, options
         self.most_rows = most_rows(cache)
 
     def run_blocks(
@@ -53,10 +54,9 @@ class CompiledT5Decoder(PreparedT5Decoder):
             part = range(first, min(first + LONGEST_REGION, layers.stop))
             weights = [self.region_layers[layer - 1] for layer in part]
             pasts = [self._past(layer, cache) for layer in part]
-            if part.start > layers.start:
-                states = states.clone()  # CUDA graphs reuse the memory of what they return
             torch._dynamo.mark_static(states, 0)
-            states, previous, keys_values = self.compiled(states, weights, pasts, self.present)
+            region = compiled_region(self.prepared, self.options, self.model, len(part), len(states))
+            states, previous, keys_values = region(states, weights, pasts, self.present)
             cache.write_layers(part, rows, keys_values[:, :, : len(rows)])
         return states[: len(rows), None], previous[: len(rows), None]
 
@@ -73,7 +73,7 @@ class CompiledT5Decoder(PreparedT5Decoder):
         self._follow(rows)
         size = bucket(len(rows))
         index = filled_up(rows.index, size)
-        positions = filled_up(torch.tensor([cache.lengths[row] for row in rows], device=cache.device), size)
+        positions = filled_up(to_device([cache.lengths[row] for row in rows], cache.device), size)
         bias = self.row_self_bias[:, :, 0]
         later = cache.capacity - bias.shape[-1]
         bias = pad(bias, (0, later), value=torch.finfo(bias.dtype).min)
@@ -155,11 +155,14 @@ def weights_of(*maps: nn.Linear) -> LinearMap:
     return tuple(one.weight.detach() for one in maps)
 
 
-def compiled_region(prepared: PreparedT5, options: CompileOptions, model: nn.Module) -> Callable:
-    """The region function of a T5, compiled once per prepared copy and options."""
-    if options not in prepared.compiled:
+def compiled_region(
+    prepared: PreparedT5, options: CompileOptions, model: nn.Module, layers: int, rows: int
+) -> Callable:
+    """The region function of a T5 for so many layers and rows, compiled once per prepared copy and options."""
+    key = (options, layers, rows)
+    if key not in prepared.compiled:
         config = model.config
         activation = prepared.layers[0].activation
         region = Region(activation, config.is_gated_act, config.layer_norm_epsilon, config.num_heads)
-        prepared.compiled[options] = options.compile(region)
-    return prepared.compiled[options]
+        prepared.compiled[key] = options.compile(region)
+    return prepared.compiled[key]

@@ -9,16 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.functional import gelu
+from torch.nn.functional import gelu, rms_norm
 from transformers.activations import NewGELUActivation
 
 from hf_earlyexit.attention import attend, sdpa
 from hf_earlyexit.cache import EarlyExitCache
 from hf_earlyexit.heads import NormHead
-from hf_earlyexit.packing import PackedLinear, at_least_a_tile
+from hf_earlyexit.packing import PackedLinear, at_least_a_tile, packs
 from hf_earlyexit.policies import at_least_float32
 from hf_earlyexit.rows import Rows
 from hf_earlyexit.t5 import T5Decoder
@@ -46,7 +47,7 @@ class PreparedLayer:
 
 
 class Norm:
-    """A root-mean-square norm in four operations, with its own scale or with none."""
+    """A root-mean-square norm in four operations, on CUDA in one or two, with its own scale or with none."""
 
     def __init__(self, norm: nn.Module, scaled: bool = True, factor: float = 1.0):
         width = norm.weight.shape[0]
@@ -57,9 +58,14 @@ class Norm:
         weight = at_least_float32(norm.weight.detach())
         self.scale = (weight if scaled else torch.ones_like(weight)) * (factor * width**0.5)
         self.is_half = weight.dtype != norm.weight.dtype
+        self.weight = norm.weight.detach() if scaled else torch.ones_like(norm.weight)
+        self.epsilon, self.factor = epsilon, factor
 
     def __call__(self, states: torch.Tensor) -> torch.Tensor:
         """`[rows, hidden]`, in the dtype of `states`."""
+        if states.is_cuda:
+            normed = rms_norm(states, self.weight.shape, self.weight, self.epsilon)
+            return normed if self.factor == 1 else normed * self.factor
         wide = states.float() if self.is_half else states
         length = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
         normed = wide / length.hypot_(self.floor) * self.scale
@@ -86,19 +92,30 @@ class PreparedT5:
         self.blocks = model.decoder.block
         self.stacks: dict[int, PackedLinear] = {}
         self.compiled: dict[Hashable, Callable] = {}
+        self.graphed: Any = None  # `t5_graphs.GraphedT5`, where graphs are recorded
 
     def stacked(self, first: int) -> PackedLinear:
         """Keys and values of all layers from `first` on as one map, with the scales of their norms folded in: made
         when rows first leave below."""
         if first not in self.stacks:
-            parts = [block.layer[0] for block in self.blocks[first - 1 :]]
-            folded = [
-                at_least_float32(one.weight) * at_least_float32(part.layer_norm.weight)
-                for part in parts
-                for one in (part.SelfAttention.k, part.SelfAttention.v)
-            ]
-            self.stacks[first] = PackedLinear(torch.cat(folded).to(parts[0].SelfAttention.k.weight.dtype))
+            weight = self.blocks[0].layer[0].SelfAttention.k.weight
+            if first > 2 and not packs(weight.dtype, weight.device):  # a part of the largest one, without a copy
+                rows = 2 * weight.shape[0] * (first - 2)
+                self.stacks[first] = PackedLinear(self.stacked(2).plain_weight[rows:])
+            else:
+                self.stacks[first] = PackedLinear(self._folded(first))
         return self.stacks[first]
+
+    @torch.no_grad()
+    def _folded(self, first: int) -> torch.Tensor:
+        """Keys' and values' weights of all layers from `first` on, one below the other, times the norms' scales."""
+        parts = [block.layer[0] for block in self.blocks[first - 1 :]]
+        folded = [
+            at_least_float32(one.weight) * at_least_float32(part.layer_norm.weight)
+            for part in parts
+            for one in (part.SelfAttention.k, part.SelfAttention.v)
+        ]
+        return torch.cat(folded).to(parts[0].SelfAttention.k.weight.dtype)
 
 
 class PreparedT5Decoder(T5Decoder):

@@ -13,6 +13,7 @@ from hf_earlyexit.policies import ExitPoint
 from hf_earlyexit.rows import Rows
 from hf_earlyexit.run import ExitRun
 from hf_earlyexit.settings import ExitSettings
+from hf_earlyexit.transfer import to_host
 
 
 class WatchedRun(ExitRun):
@@ -42,12 +43,12 @@ class WatchedRun(ExitRun):
 
     def _confidences(self, point: ExitPoint) -> list[float]:
         confidences = super()._confidences(point)
-        answers = zip(point.rows, confidences, point.first_choices().tolist())
+        answers = zip(point.rows, confidences, to_host(point.first_choices()))
         self._answers[-1] += [(row, point.layer, confidence, choice) for row, confidence, choice in answers]
         return confidences
 
     def see_logits(self, logits: torch.Tensor) -> None:
-        self._written[-1] = logits[:, -1].argmax(dim=-1).tolist()
+        self._written[-1] = to_host(logits[:, -1].argmax(dim=-1))
 
     def per_token(self) -> dict[str, torch.Tensor]:
         return super().per_token() | {

@@ -151,6 +151,8 @@ def test_rows_of_different_lengths_walk_as_they_would_alone(script):
 
     def walk(rows: list[int], batch_size: int, cache, decoder, run, at: list[int]):
         these = Rows(rows, batch_size)
+        cache.reserve(these)
+        decoder.begin_step(these, cache, 1)
         hidden = decoder.embed(ids[:, :1], these).new_zeros(len(rows), 1, 32)
         for place, position in enumerate(at):
             source = rows[place] if batch_size == 3 else SOLO[0]

@@ -1,0 +1,197 @@
+"""Recording device work once and replaying it: CUDA graphs, and the tensors that they may read and write.
+
+A recorded graph repeats the same kernels on the same addresses. So whatever changes between replays is written into
+buffers that stay where they are; a `Workspace` holds the buffers and the graphs of one batch at a time. Workspaces are
+handed from call to call by a `WorkspacePool`. Knows no model.
+"""
+
+from __future__ import annotations
+
+import gc
+import threading
+import weakref
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+
+
+Replay = Callable[[], None]
+
+# Workspaces that are kept for later calls when no call uses them; the one unused for longest goes first.
+MOST_IDLE = 4
+
+# A workspace has room for a power of two of rows and positions; from here on positions grow by as many as this.
+LARGEST_DOUBLING = 512
+
+
+class CudaRecorder:
+    """Records functions as CUDA graphs that share one memory pool, so they must not run at the same time.
+
+    Args:
+        device: A CUDA device.
+    """
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.pool = torch.cuda.graph_pool_handle()
+        self.stream = torch.cuda.Stream(device)
+        self.used_on = torch.cuda.current_stream(device)
+
+    def take_over(self) -> None:
+        """See that what another stream has enqueued on the buffers is done before this one touches them."""
+        current = torch.cuda.current_stream(self.device)
+        if current != self.used_on:
+            self.used_on.synchronize()
+            self.used_on = current
+
+    def host_buffer(self, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """Memory of the host that a graph can write to."""
+        return torch.empty(shape, dtype=dtype, pin_memory=True)
+
+    def wait(self) -> None:
+        """Wait until everything that was enqueued is done."""
+        done = torch.cuda.Event()
+        done.record()
+        done.synchronize()
+
+    def record(self, function: Callable[[], None]) -> Replay:
+        """Run `function` once, as it is, and once more to record it; returns what replays it.
+
+        It must be safe to run twice on the same buffers, and may not read anything on the host.
+        """
+        with torch.cuda.device(self.device):
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream):
+                function()  # libraries are initialised and kernels compiled outside of the graph
+                self.stream.synchronize()
+                graph = torch.cuda.CUDAGraph()
+                with no_collection():  # what it would free could be something that a recording may not touch
+                    # Only this thread may not do what a recording forbids: others go on generating.
+                    graph.capture_begin(pool=self.pool, capture_error_mode="thread_local")
+                    try:
+                        function()
+                    finally:
+                        graph.capture_end()
+            torch.cuda.current_stream().wait_stream(self.stream)
+        return graph.replay
+
+
+@contextmanager
+def no_collection() -> Iterator[None]:
+    """Python's cyclic garbage collector is off inside."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
+
+
+def recorder_for(device: torch.device) -> CudaRecorder | None:
+    """A recorder of graphs on this device, or None where there are none."""
+    return CudaRecorder(device) if device.type == "cuda" else None
+
+
+class Workspace:
+    """Buffers at fixed addresses and the graphs that were recorded on them.
+
+    Args:
+        recorder: Of the device.
+        buffers: By name; whoever records graphs says what they are.
+    """
+
+    def __init__(self, recorder: CudaRecorder, buffers: dict[str, torch.Tensor]):
+        self.recorder, self.buffers = recorder, buffers
+        self.graphs: dict[Hashable, Replay] = {}
+
+    def buffer(self, name: str, make: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """The buffer of that name, made when it is first asked for."""
+        if name not in self.buffers:
+            with torch.inference_mode(False):  # what inference mode makes can be written in inference mode alone
+                self.buffers[name] = make()
+        return self.buffers[name]
+
+    def graph(self, key: Hashable, function: Callable[[], None]) -> Replay:
+        """What replays `function`, recorded when its key is first asked for."""
+        if key not in self.graphs:
+            self.graphs[key] = self.recorder.record(function)
+        return self.graphs[key]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the buffers."""
+        return sum(buffer.nbytes for buffer in self.buffers.values())
+
+
+class Room(NamedTuple):
+    """What a workspace has room for: a number of rows, and at most so many positions and source tokens."""
+
+    rows: int
+    positions: int
+    source: int
+
+    def serves(self, needed: Room) -> bool:
+        """Whether a call that needs `needed` may use it. Rows must be as many: others would be computed, too."""
+        return self.rows == needed.rows and self.positions >= needed.positions and self.source >= needed.source
+
+
+class Loan(NamedTuple):
+    """A workspace that belongs to somebody, until `end` is called."""
+
+    room: Room
+    workspace: Workspace
+    end: Callable[[], None]
+
+
+class WorkspacePool:
+    """Workspaces by what they have room for. One belongs to one call at a time, from whatever thread.
+
+    A call keeps its workspace until the object that it was lent to is collected, the cache that `generate` returns:
+    nothing is overwritten that somebody may still read.
+    """
+
+    def __init__(self):
+        self._idle: list[tuple[Room, Workspace]] = []
+        self._lent: weakref.WeakKeyDictionary[Any, Loan] = weakref.WeakKeyDictionary()
+        self._lock = threading.RLock()  # a collection inside of it may bring a workspace back
+
+    def lend(self, owner: Any, room: Room, make: Callable[[Room], Workspace]) -> Workspace:
+        """The workspace that `owner` has, if it serves, else the smallest idle one that does, or a new one."""
+        loan = self._lent.get(owner)
+        if loan is not None and not loan.room.serves(room):
+            loan.end()
+            loan = None
+        if loan is None:
+            room, workspace = self._take_idle(room) or (room, make(room))
+            end = weakref.finalize(owner, self._take_back, room, workspace)
+            end.atexit = False
+            loan = self._lent[owner] = Loan(room, workspace, end)
+        loan.workspace.recorder.take_over()
+        return loan.workspace
+
+    def lent_to(self, owner: Any) -> Workspace:
+        """The workspace that `owner` has."""
+        return self._lent[owner].workspace
+
+    def _take_idle(self, needed: Room) -> tuple[Room, Workspace] | None:
+        with self._lock:
+            del self._idle[:-MOST_IDLE]
+            places = [place for place, (room, _) in enumerate(self._idle) if room.serves(needed)]
+            return self._idle.pop(min(places, key=lambda place: self._idle[place][0])) if places else None
+
+    def _take_back(self, room: Room, workspace: Workspace) -> None:
+        with self._lock:
+            self._idle.append((room, workspace))
+
+    def __len__(self) -> int:
+        return len(self._idle)
+
+
+def roomy(count: int, smallest: int = 1) -> int:
+    """Room for at least `count`: a power of two from `smallest` on, then multiples of `LARGEST_DOUBLING`."""
+    if count > LARGEST_DOUBLING:
+        return -(-count // LARGEST_DOUBLING) * LARGEST_DOUBLING
+    return max(smallest, 1 << (count - 1).bit_length())

@@ -1,0 +1,260 @@
+"""T5 decoding with CUDA graphs: one per segment between exit points and per number of rows.
+
+A graph takes the rows through a segment, writes their keys and values and, where the criterion needs nothing of the
+host, evaluates the exit at its end. The host writes which rows go on and at which positions, replays, reads the
+confidences, and picks the next graph. Everything else is `PreparedT5Decoder`'s.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator
+from functools import partial
+from itertools import product
+
+import torch
+from torch import nn
+
+from hf_earlyexit import graphs
+from hf_earlyexit.cache import EarlyExitCache
+from hf_earlyexit.compiling import CompileOptions
+from hf_earlyexit.graphs import Room, Workspace, WorkspacePool, roomy
+from hf_earlyexit.layers import Answer
+from hf_earlyexit.policies import ExitCriterion, ExitPoint, at_least_float32, needs_no_host
+from hf_earlyexit.rows import Rows
+from hf_earlyexit.t5_graph_layers import GraphLayer, LayerPast, LayerWeights, Present, layer_weights
+from hf_earlyexit.t5_graph_layers import self_attention_bias as bias_of
+from hf_earlyexit.t5_prepared import PreparedT5, PreparedT5Decoder
+from hf_earlyexit.transfer import to_device
+
+
+# The fewest positions and source tokens that a workspace has room for.
+SMALLEST_ROOM = 64
+
+
+class GraphedT5:
+    """What all calls on one prepared copy share: weights as graphs take them, idle workspaces, compiled functions."""
+
+    def __init__(self, prepared: PreparedT5):
+        self.layers: list[LayerWeights] = [layer_weights(*pair) for pair in zip(prepared.blocks, prepared.layers)]
+        self.pool = WorkspacePool()
+        self.compiled: dict[Hashable, Callable] = {}
+
+
+class GraphedT5Decoder(PreparedT5Decoder):
+    """The adapter of T5 on recorded graphs.
+
+    Args:
+        prepared: Weights.
+        options: How the kernels inside are compiled.
+        model: An `EarlyExitT5ForConditionalGeneration`.
+        cache: Of the call, in a workspace that was lent for it, with its encoder states attached.
+        masks: As for `T5Decoder`.
+    """
+
+    def __init__(self, prepared: PreparedT5, options: CompileOptions, model: nn.Module, cache: EarlyExitCache, *masks):
+        super().__init__(prepared, model, cache, *masks)
+        self.options, self.graphed = options, graphed(prepared)
+        self.workspace: Workspace = self.graphed.pool.lent_to(cache)
+        self.arena, self.room = cache.arena, len(self.workspace.buffers["ids"])
+        self.criterion: ExitCriterion | None = None
+        self.questions: Collection[int] = ()
+        self.has_source: set[int] = set()
+        self.in_graphs = False
+        self._bring_masks(cache)
+
+    @staticmethod
+    def lend(prepared: PreparedT5, model: nn.Module, cache: EarlyExitCache, capacity: int) -> None:
+        """Let an empty cache with encoder states lie in a workspace with room for `capacity` positions."""
+        source = roomy(cache.encoder_states.shape[1], SMALLEST_ROOM)
+        room = Room(roomy(cache.num_rows), roomy(capacity, SMALLEST_ROOM), source)
+        workspace = graphed(prepared).pool.lend(cache, room, partial(new_workspace, model, cache))
+        for name in ("arena", "cross"):  # no later call may meet a number that is not finite
+            workspace.buffers[name].zero_()
+        cache.adopt(workspace.buffers["arena"][:, :, : cache.num_rows])
+
+    def expect(self, criterion: ExitCriterion, exit_points: Collection[int]) -> None:
+        if needs_no_host(criterion):
+            self.criterion, self.questions = criterion, exit_points
+
+    # --- what stays the same in a call ------------------------------------------------------------------------------
+
+    def _bring_masks(self, cache: EarlyExitCache) -> None:
+        """Write this call's masks and bias into the workspace, and show the cache where cross-attention looks."""
+        buffers, rows = self.workspace.buffers, cache.num_rows
+        buffers["cross_bias"].fill_(torch.finfo(self.dtype).min)
+        buffers["cross_bias"][:rows, ..., : self.cross_mask.shape[-1]] = self.cross_mask
+        buffers["prompt_bias"].zero_()
+        if self.prompt_mask is not None:
+            buffers["prompt_bias"][:rows, ..., : self.prompt_mask.shape[-1]] = self.prompt_mask
+        by_distance = self._bias_by_distance(buffers["bias_by_distance"].shape[1])
+        buffers["bias_by_distance"].copy_(by_distance[0, :, 0].flip(-1))
+        source = self.encoder_states.shape[1]
+        for layer in range(self.num_layers):
+            cache.cross_keys[layer], cache.cross_values[layer] = buffers["cross"][:, layer, :rows, :, :source]
+
+    # --- a step -----------------------------------------------------------------------------------------------------
+
+    def begin_step(self, rows: Rows, cache: EarlyExitCache, length: int) -> None:
+        # A cache that has moved, or that somebody has grown, is no longer where graphs look.
+        self.in_graphs = cache.arena is self.arena and not torch.is_autocast_enabled(cache.device.type)
+        if not self.in_graphs:
+            return super().begin_step(rows, cache, length)
+        self.new_positions, self.head_dim = length, cache.head_dim
+        self.keys = roomy(cache.get_seq_length() + 1, SMALLEST_ROOM)
+        self.uploaded: Rows | None = None
+        self.asked: tuple[int, Rows] | None = None
+
+    def begin_prompt(self, rows: Rows, cache: EarlyExitCache, length: int) -> None:
+        self.in_graphs = False
+        super().begin_step(rows, cache, length)
+
+    def embed(self, ids: torch.Tensor, rows: Rows) -> torch.Tensor:
+        if not self.in_graphs:
+            return super().embed(ids, rows)
+        self.workspace.buffers["ids"][: len(ids)].copy_(ids[:, 0])  # graphs embed
+        return self.workspace.buffers["states"][: len(rows), None]
+
+    def run_blocks(
+        self, layers: range, hidden: torch.Tensor, rows: Rows, cache: EarlyExitCache
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if not self.in_graphs:
+            return super().run_blocks(layers, hidden, rows, cache)
+        for layer in layers:
+            if layer not in self.has_source:
+                cache.fill_cross(layer, Rows.everyone(cache.num_rows, cache.device), self.project_source)
+                self.has_source.add(layer)
+        if rows is not self.uploaded:
+            self._upload(rows, cache)
+        if layers.start > 1:
+            self.workspace.buffers["states"][: len(rows)].copy_(hidden[:, 0])
+        self._graph(layers, len(rows))()
+        self.asked = (layers[-1], rows) if layers[-1] in self.questions else None
+        cache.mark_written(layers, rows)
+        states, previous = self._after(layers[-1])
+        return states[: len(rows), None], previous[: len(rows), None]
+
+    def answer(self, layer: int, rows: Rows) -> Answer | None:
+        if not self.in_graphs or self.asked != (layer, rows):
+            return None
+        self.workspace.recorder.wait()
+        confidences = self.workspace.buffers["confidences"][: len(rows)].tolist()
+        logits = self.workspace.buffers.get(("logits", layer, self.criterion))
+        return Answer(confidences, None if logits is None else logits[: len(rows)])
+
+    def _size(self, count: int) -> int:
+        """How many rows a graph for `count` rows has: a power of two, the last row repeated to fill it up."""
+        return min(roomy(count), self.room)
+
+    def _upload(self, rows: Rows, cache: EarlyExitCache) -> None:
+        """Tell the graphs which rows go on, at which positions, and where their states stand in the buffer."""
+        size = self._size(len(rows))
+        places = [min(place, len(rows) - 1) for place in range(size)]
+        indices = [rows.indices[place] for place in places]
+        control = to_device([indices, [cache.lengths[row] for row in indices], places], cache.device)
+        self.workspace.buffers["control"][:, :size].copy_(control)
+        self.uploaded = rows
+
+    # --- graphs -----------------------------------------------------------------------------------------------------
+
+    def _graph(self, layers: range, count: int) -> Callable[[], None]:
+        criterion = self.criterion if layers[-1] in self.questions else None
+        size, everyone = self._size(count), count == self.room
+        key = (layers.start, layers.stop, size, everyone, self.keys, self.options, criterion)
+        return self.workspace.graph(key, partial(self._segment, layers, size, everyone, self.keys, criterion))
+
+    @torch.no_grad()
+    def _segment(self, layers: range, size: int, everyone: bool, keys: int, criterion: ExitCriterion | None) -> None:
+        """What a graph does: reads and writes buffers of the workspace alone."""
+        buffers = self.workspace.buffers
+        rows, positions, places = buffers["control"][:, :size]
+        if layers.start == 1:
+            states = self.stack.embed_tokens(buffers["ids"][rows])
+            prompt_bias = buffers["prompt_bias"][rows][..., :keys]
+            bias = bias_of(buffers["bias_by_distance"], positions, prompt_bias, keys)
+            buffers["bias"][..., :keys].index_copy_(0, rows, bias)
+        else:
+            states = buffers["states"][places]  # a row that fills up has the state of the one it repeats
+        present = Present(rows, positions, buffers["bias"][..., :keys], buffers["cross_bias"])
+        run_layer = self._layer(size, everyone, keys)
+        for layer in layers:
+            previous = states
+            past = LayerPast(buffers["arena"][:, layer - 1], buffers["cross"][:, layer - 1])
+            states = run_layer(states, self.graphed.layers[layer - 1], past, present)
+        for buffer, values in zip(self._after(layers[-1]), (states, previous)):
+            buffer[:size].copy_(values)
+        if criterion is not None:
+            self._evaluate(criterion, layers[-1], states, previous)
+
+    def _evaluate(self, criterion: ExitCriterion, layer: int, states: torch.Tensor, previous: torch.Tensor) -> None:
+        """Write the confidences at an exit point where the host reads them."""
+        score = lambda layer, hidden: self.lm_head(self.head_input(layer, hidden))  # noqa: E731
+        places = list(range(len(states)))
+        point = ExitPoint(layer, places, places, states, previous, score, self.exit_probability)
+        confidence = criterion.confidence(point)
+        self.workspace.buffers["confidences"][: len(states)].copy_(confidence, non_blocking=True)
+        if point.scored is not None:
+            shape = (self.room, point.scored.shape[1])
+            logits = self.workspace.buffer(("logits", layer, criterion), lambda: point.scored.new_empty(shape))
+            logits[: len(states)].copy_(point.scored)
+
+    def _layer(self, size: int, everyone: bool, keys: int) -> Callable:
+        """The layer function, compiled once per prepared copy, options and shapes."""
+        shapes = [self.workspace.buffers[name].shape for name in ("arena", "cross")]
+        key = (self.options, size, everyone, keys, *shapes)
+        if key not in self.graphed.compiled:
+            config, activation = self.model.config, self.prepared.layers[0].activation
+            layer = GraphLayer(activation, config.is_gated_act, config.layer_norm_epsilon, config.num_heads, everyone)
+            self.graphed.compiled[key] = self.options.compile(layer, dynamic=False)
+        return self.graphed.compiled[key]
+
+    def _after(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The states `[batch, hidden]` after a layer and before it. Each exit point has its own, since rows that have
+        left are looked at again when the others are done."""
+        like = self.workspace.buffers["states"]
+        make = partial(torch.zeros_like, like)
+        return self.workspace.buffer(("after", layer), make), self.workspace.buffer(("before", layer), make)
+
+    def warm_up(self, stretches: Iterable[range], cache: EarlyExitCache) -> Iterator[None]:
+        """Record what stretches like these need for any number of rows and positions; yields after each graph."""
+        counts = {(self._size(count), count == self.room): count for count in range(1, cache.num_rows + 1)}
+        lengths = {roomy(length + 1, SMALLEST_ROOM): length for length in range(cache.capacity)}
+        stretches = list(stretches)
+        for length, count in product(lengths.values(), counts.values()):
+            cache.lengths, rows = [length] * cache.num_rows, Rows(range(count), cache.num_rows, cache.device)
+            self.begin_step(rows, cache, 1)
+            for stretch in stretches:
+                hidden = cache.encoder_states.new_zeros(len(rows), 1, cache.encoder_states.shape[-1])
+                self.run_blocks(stretch, hidden, rows, cache)
+                yield
+        cache.lengths = [0] * cache.num_rows
+
+
+# --- workspaces -----------------------------------------------------------------------------------------------------
+
+
+def graphed(prepared: PreparedT5) -> GraphedT5:
+    """What graphs need of a prepared copy, made when first asked for and dropped with it."""
+    if prepared.graphed is None:
+        prepared.graphed = GraphedT5(prepared)
+    return prepared.graphed
+
+
+def new_workspace(model: nn.Module, cache: EarlyExitCache, room: Room) -> Workspace:
+    """Buffers with that room, on the device of the cache."""
+    rows, capacity, source = room
+    recorder = graphs.recorder_for(cache.device)
+    heads, width, dtype = cache.num_heads, cache.head_dim, cache.dtype
+    with torch.inference_mode(False), torch.device(cache.device):
+        buffers = {
+            "arena": torch.zeros(2, cache.num_layers, rows, heads, capacity, width, dtype=dtype),
+            "cross": torch.zeros(2, cache.num_layers, rows, heads, source, width, dtype=dtype),
+            "cross_bias": torch.zeros(rows, 1, 1, source, dtype=dtype),
+            "prompt_bias": torch.zeros(rows, 1, 1, capacity, dtype=dtype),
+            "bias_by_distance": torch.zeros(heads, capacity, dtype=dtype),
+            "bias": torch.zeros(rows, heads, 1, capacity, dtype=dtype),
+            "ids": torch.zeros(rows, dtype=torch.long),
+            "control": torch.zeros(3, rows, dtype=torch.long),
+            "states": torch.zeros(rows, model.config.d_model, dtype=dtype),
+        }
+    buffers["confidences"] = recorder.host_buffer(rows, dtype=at_least_float32(buffers["states"]).dtype)
+    return Workspace(recorder, buffers)

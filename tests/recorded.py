@@ -1,0 +1,103 @@
+"""A recorder of graphs that runs on a CPU: it repeats the very operations that were recorded, on the very tensors."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten
+
+
+@dataclass
+class Operation:
+    """One recorded operation: replayed on the same arguments, its results written where they were."""
+
+    function: Any
+    args: tuple
+    kwargs: dict[str, Any]
+    results: Any
+
+
+class Recording(TorchDispatchMode):
+    """Records operations, and refuses what a graph of a device cannot hold.
+
+    Args:
+        host: Memory of the host that a graph may write to.
+    """
+
+    def __init__(self, host: list[torch.Tensor]):
+        super().__init__()
+        self.operations: list[Operation] = []
+        self.host = {tensor.data_ptr() for tensor in host}
+        self.made: set[int] = set()
+        self.inputs: dict[int, tuple[Any, torch.Size, tuple[int, ...]]] = {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        name = function.overloadpacket.__name__
+        if name in ("_local_scalar_dense", "item", "nonzero", "masked_select", "lift_fresh"):
+            raise RuntimeError(f"A recorded graph may not use the host: {name}.")
+        for tensor in tensors_in((args, kwargs)):
+            if id(tensor) not in self.made:
+                self.inputs[id(tensor)] = weakref.ref(tensor), tensor.data_ptr()
+        results = function(*args, **kwargs)
+        self.made.update(id(tensor) for tensor in tensors_in(results))
+        self.operations.append(Operation(function, args, kwargs, results))
+        return results
+
+
+def tensors_in(values) -> list[torch.Tensor]:
+    return [value for value in tree_flatten(values)[0] if isinstance(value, torch.Tensor)]
+
+
+class FakeRecorder:
+    """Stands in for `CudaRecorder`. Counts what is recorded and replayed."""
+
+    def __init__(self, device: torch.device):
+        self.hosts: list[torch.Tensor] = []
+        self.recorded = self.replayed = self.waits = 0
+
+    def take_over(self) -> None:
+        pass
+
+    def host_buffer(self, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        self.hosts.append(torch.full(shape, float("nan"), dtype=dtype))
+        return self.hosts[-1]
+
+    def wait(self) -> None:
+        self.waits += 1
+
+    def record(self, function: Callable[[], None]) -> Callable[[], None]:
+        function()
+        with Recording(self.hosts) as recording:
+            function()
+        self.recorded += 1
+        operations, inputs = recording.operations, list(recording.inputs.values())
+
+        def replay() -> None:
+            self.replayed += 1
+            for reference, address in inputs:
+                tensor = reference()
+                if tensor is not None:
+                    assert tensor.data_ptr() == address, "what a graph reads has moved"
+            for operation in operations:
+                run_again(operation)
+
+        return replay
+
+
+def run_again(operation: Operation) -> None:
+    """Repeat an operation; what it returns anew is copied to where it was when it was recorded."""
+    schema = operation.function._schema
+    aliases = [result.alias_info for result in schema.returns]
+    if all(alias is not None and not alias.is_write for alias in aliases) and aliases:
+        return  # a view: still the same memory
+    results = operation.function(*operation.args, **operation.kwargs)
+    if any(alias is not None for alias in aliases) or schema.is_mutable:
+        return  # written in place
+    for old, new in zip(tensors_in(operation.results), tensors_in(results)):
+        old.copy_(new)
