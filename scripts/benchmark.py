@@ -20,10 +20,12 @@ import argparse
 import json
 import random
 import resource
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import benchmark_device
 import torch
 from benchmark_grid import Cell, GridBench, fill_case, shipped_case, vain_case
 from benchmark_mechanism import batch1_case, ctranslate2_case, phase_case, rows_case
@@ -68,6 +70,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--no-ctranslate2", action="store_true", help="leave CTranslate2 out")
     parser.add_argument("--quick", action="store_true", help="a tiny model and 3 rounds, to check the script")
     parser.add_argument("--json-out", type=Path, help="also write the JSON here")
+    parser.add_argument("--device", help="cuda or cpu: the benchmark of a device; `--device cpu -h` lists its options")
     args = parser.parse_args(arguments)
     if unknown := sorted(set(args.cases) - {*CASES, *GRID_CASES}):
         parser.error(f"--cases has {unknown}: choose from {','.join((*CASES, *GRID_CASES))}")
@@ -117,6 +120,9 @@ def peak_memory() -> dict[str, int]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
+    if any(one.split("=")[0] == "--device" for one in (sys.argv[1:] if arguments is None else arguments)):
+        benchmark_device.main(arguments)
+        return
     args, start = parse(arguments), time.perf_counter()
     if "ctranslate2" in args.cases:
         import_ctranslate2()

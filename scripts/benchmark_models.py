@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import tempfile
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -138,13 +138,19 @@ class OwnBench(Bench):
 
 
 def early_exit_config(
-    layers: int, d_model: int, num_heads: int, d_kv: int, d_ff: int, vocab_size: int
+    layers: int,
+    d_model: int,
+    num_heads: int,
+    d_kv: int,
+    d_ff: int,
+    vocab_size: int,
+    exit_layers: Sequence[int] | None = None,
 ) -> EarlyExitT5Config:
     """Of a gated T5 with encoder and decoder equally deep, and exit classifiers that pass for trained."""
     sizes = {"d_model": d_model, "num_heads": num_heads, "d_kv": d_kv, "d_ff": d_ff}
     depths = {"num_layers": layers, "num_decoder_layers": layers}
     kind = {"feed_forward_proj": "gated-gelu", "decoder_start_token_id": 0}
-    early_exit = EarlyExitConfig(classifier=ClassifierConfig(trained=True)).to_dict()
+    early_exit = EarlyExitConfig(exit_layers, classifier=ClassifierConfig(trained=True)).to_dict()
     return EarlyExitT5Config(**sizes, **depths, **kind, vocab_size=vocab_size, early_exit=early_exit)
 
 
