@@ -22,9 +22,8 @@ from typing import Any, NamedTuple
 
 import torch
 from benchmark_device_clock import (
-    LONG,
-    SHORT,
     Budget,
+    Lengths,
     StepTimes,
     bandwidth,
     measure_steps,
@@ -92,6 +91,7 @@ class Runner:
         self.device, self.order = torch.device(args.device), random.Random(args.seed)
         self.bench: DeviceBench | None = None
         on_cuda = args.device == "cuda"
+        self.lengths, self.counted = (Lengths(2, 6), Lengths(2, 4)) if args.quick else (Lengths(8, 32), Lengths(8, 16))
         self.share = 0.05 if args.quick else 2.5  # seconds of a contender's rounds
         self.least = 15.0 if on_cuda else 0.5  # seconds below which nothing new is begun
         self.bandwidth = bandwidth(self.device, 2048 if on_cuda else 8 if args.quick else 64)
@@ -160,7 +160,7 @@ class Runner:
 
     def measure(self, unit: Unit, contenders: Sequence[Contender]) -> dict[str, dict[str, float]]:
         """Rows of those that could be measured; the others are told in the report."""
-        times, rounds = {one.name: StepTimes() for one in contenders}, {}
+        times, rounds = {one.name: StepTimes(self.lengths) for one in contenders}, {}
         for one in contenders:
             left = self.budget.left() - self.least / 2
             if left <= 0:
@@ -182,8 +182,6 @@ class Runner:
         for one in measured:
             if times[one.name].short and times[one.name].long:
                 found[one.name] = times[one.name].summary(unit.rows)
-                if one.depth is not None:
-                    found[one.name]["mean_layers"] = one.depth(LONG)
                 self.report.add(unit.shape, unit.rows, one.name, **found[one.name])
         return found
 
@@ -191,7 +189,7 @@ class Runner:
         """The yardstick, with kernels made by the compiler and with eager ones."""
         for name, settings in (("whole step graph", STATIC), ("whole step graph, eager kernels", EAGER_GRAPHS)):
             try:
-                seconds = whole_step(self.bench.prepared, states, LONG, dict(settings))
+                seconds = whole_step(self.bench.prepared, states, self.lengths.long, dict(settings))
             except Exception as error:
                 self.report.add(unit.shape, unit.rows, name, status=failure(error))
                 continue
@@ -199,7 +197,7 @@ class Runner:
                 self.report.add(unit.shape, unit.rows, name, ms_per_step=1e3 * seconds)
 
     def floor(self, unit: Unit) -> None:
-        parts = self.bench.bytes_per_step(unit.rows, SOURCE, positions=(SHORT + LONG) / 2)
+        parts = self.bench.bytes_per_step(unit.rows, SOURCE, positions=sum(self.lengths) / 2)
         ms = 1e3 * sum(parts.values()) / self.bandwidth
         self.report.add(unit.shape, unit.rows, "floor", ms_per_step=ms, bytes=parts)
 
@@ -208,7 +206,7 @@ class Runner:
             if self.budget.left() < self.least / 2:
                 return
             try:
-                counts = counts_per_step(one.call, self.device)
+                counts = counts_per_step(one.call, self.device, self.counted)
             except Exception as error:
                 counts = {"failed": failure(error)}
             self.report.add_counts(unit.shape, unit.rows, one.name, counts)

@@ -10,14 +10,20 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from statistics import median, quantiles
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from benchmark_device_models import Contender
 
 
-SHORT, LONG = 8, 32  # new tokens of the two calls whose difference is the time of the steps between
 FEWEST_ROUNDS, MOST_ROUNDS = 3, 11
+
+
+class Lengths(NamedTuple):
+    """New tokens of the two calls whose difference is the time, or the work, of the steps between."""
+
+    short: int
+    long: int
 
 
 def synchronise(device: torch.device) -> None:
@@ -68,39 +74,46 @@ class Budget:
 class StepTimes:
     """Seconds of short and long calls, paired by round."""
 
+    lengths: Lengths
     short: list[float] = field(default_factory=list)
     long: list[float] = field(default_factory=list)
     warm_up: float = 0.0
+    mean_layers: float | None = None
 
     def add(self, length: int, seconds: float) -> None:
-        (self.short if length == SHORT else self.long).append(seconds)
+        (self.short if length == self.lengths.short else self.long).append(seconds)
 
     def summary(self, rows: int) -> dict[str, float]:
         """What a row of the result holds."""
-        step = (median(self.long) - median(self.short)) / (LONG - SHORT)
-        paired = [(long - short) / (LONG - SHORT) for long, short in zip(self.long, self.short)]
+        steps = self.lengths.long - self.lengths.short
+        step = (median(self.long) - median(self.short)) / steps
+        paired = [(long - short) / steps for long, short in zip(self.long, self.short)]
         quarters = quantiles(paired, n=4, method="inclusive") if len(paired) > 1 else [step, step, step]
+        layers = {} if self.mean_layers is None else {"mean_layers": self.mean_layers}
         return {
             "ms_per_step": 1e3 * step,
             "iqr_ms": 1e3 * (quarters[2] - quarters[0]),
             "rounds": len(paired),
             "call_ms": 1e3 * median(self.long),
-            "tokens_per_s": rows * LONG / median(self.long),
+            "tokens_per_s": rows * self.lengths.long / median(self.long),
             "warm_up_s": self.warm_up,
+            **layers,
         }
 
 
 def warm_up(one: Contender, times: StepTimes, device: torch.device, seconds: float) -> float:
     """Call twice at both lengths, so that everything is compiled and captured; returns the seconds of a round."""
-    start = time.perf_counter()
+    start, lengths = time.perf_counter(), sorted(times.lengths, reverse=True)
     with deadline(seconds):
-        for new_tokens in (LONG, SHORT):
+        if one.depth is not None:
+            times.mean_layers = one.depth(times.lengths.long)
+        for new_tokens in lengths:
             output = one.call(new_tokens)
             if output.shape[1] != new_tokens + 1:
                 raise RuntimeError(f"{output.shape[1] - 1} new tokens instead of {new_tokens}")
         synchronise(device)
         times.warm_up = time.perf_counter() - start
-        return sum(seconds_of(lambda new=new: one.call(new), device) for new in (LONG, SHORT))
+        return sum(seconds_of(lambda new=new: one.call(new), device) for new in lengths)
 
 
 def rounds_for(round_seconds: float, share: float) -> int:
@@ -130,7 +143,7 @@ def measure_steps(
             if turn >= FEWEST_ROUNDS and budget.left() < 0:
                 return
             due = [one for one in contenders if takes_part(turn, turns, rounds[one.name])]
-            calls = [(one, new_tokens) for one in due for new_tokens in (SHORT, LONG)]
+            calls = [(one, new_tokens) for one in due for new_tokens in times[one.name].lengths]
             order.shuffle(calls)
             for one, new_tokens in calls:
                 times[one.name].add(new_tokens, seconds_of(lambda: one.call(new_tokens), device))  # noqa: B023

@@ -10,25 +10,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from benchmark_device_clock import Lengths
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
-FEW, MANY = 8, 16  # new tokens of the two calls whose difference counts the steps between
 SYNCHRONISES = ("cudaStreamSynchronize", "cudaEventSynchronize", "cudaDeviceSynchronize", "cudaMemcpy")
 
 
-def counts_per_step(call: Callable[[int], Any], device: torch.device) -> dict[str, float] | None:
+def counts_per_step(call: Callable[[int], Any], device: torch.device, lengths: Lengths) -> dict[str, float] | None:
     """Counts of a step, by the difference of a longer and a shorter call, so that what a call costs drops out.
 
     Returns:
         On CUDA what the driver was asked for, on a CPU what it would be asked for; None where no activity is recorded.
     """
     count = trace_counts if device.type == "cuda" else dispatch_counts
-    few, many = (count(lambda new=new: call(new)) for new in (FEW, MANY))
+    few, many = (count(lambda new=new: call(new)) for new in lengths)
     if not many:
         return None
-    return {name: (many[name] - few[name]) / (MANY - FEW) for name in sorted(few | many)}
+    return {name: (many[name] - few[name]) / (lengths.long - lengths.short) for name in sorted(few | many)}
 
 
 # --- on CUDA ------------------------------------------------------------------------------------------------------

@@ -67,10 +67,12 @@ class DeviceBench(GridBench):
     def contender(self, name: str, model: Any, states: torch.Tensor, **settings) -> Contender:
         def depth(new_tokens: int) -> float:
             output = self.decode(model, states, new_tokens, **settings, return_dict_in_generate=True)
+            if not hasattr(output, "layers_run"):
+                raise RuntimeError("the library decoded, not ours")
             return output.layers_run.double().mean().item()
 
-        asks = "exit_criterion" in settings
-        return Contender(name, lambda new: self.decode(model, states, new, **settings), depth if asks else None)
+        ours = type(model) is type(self.ours)
+        return Contender(name, lambda new: self.decode(model, states, new, **settings), depth if ours else None)
 
     # --- what is compared ------------------------------------------------------------------------------------------
 

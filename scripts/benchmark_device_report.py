@@ -83,9 +83,8 @@ class Report:
     def add(self, shape: str, rows: int, name: str, status: str = "measured", **values: Any) -> None:
         """A row; another of the same name is replaced."""
         row = {"shape": shape, "batch": rows, "name": name, "status": status, **values}
-        same = [one for one in self.result["rows"] if (one["shape"], one["batch"], one["name"]) == (shape, rows, name)]
-        for one in same:
-            self.result["rows"].remove(one)
+        if (same := self.row(shape, rows, name)) is not None:
+            self.result["rows"].remove(same)
         self.result["rows"].append(row)
         parts = [f"{shape:6} x{rows:<3} {name:32}"]
         if "ms_per_step" in values:
@@ -110,9 +109,8 @@ class Report:
         self.result["cells"].setdefault(f"{shape} x{rows}", {}).update(values)
 
     def row(self, shape: str, rows: int, name: str) -> dict[str, Any] | None:
-        found = (
-            one for one in self.result["rows"] if (one["shape"], one["batch"], one["name"]) == (shape, rows, name)
-        )
+        asked = (shape, rows, name)
+        found = (one for one in self.result["rows"] if (one["shape"], one["batch"], one["name"]) == asked)
         return next(found, None)
 
     def cells(self) -> list[tuple[str, int]]:
