@@ -265,12 +265,10 @@ def test_fresh_models_from_a_configuration():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("family", FAMILIES)
-def test_on_a_gpu(family):
-    stock, model = tiny_pair(family, 1)
-    stock, model = stock.cuda(), model.cuda()
-    inputs = {name: tensor.cuda() for name, tensor in tiny_inputs(4, 1).items()}
+def test_on_a_gpu(family, device):
+    stock, model = tiny_pair(family, 1, device=device)
+    inputs = tiny_inputs(4, 1, device=device)
     laws.never_equals_stock(stock, model, inputs)
     laws.work_is_what_ran(model, inputs, exit_criterion="softmax", exit_threshold=0.1)
     outputs = [

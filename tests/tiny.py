@@ -75,21 +75,21 @@ def with_exits(stock: T5ForConditionalGeneration, early_exit: EarlyExitConfig | 
     missing, unexpected = model.load_state_dict(stock.state_dict(), strict=False)
     assert not unexpected and all(name.startswith("exit_heads") for name in missing)
     model.exit_heads.start_as_logit_lens(model.decoder.final_layer_norm)
-    return model.to(stock.dtype).eval()
+    return model.to(stock.device, stock.dtype).eval()
 
 
-def tiny_pair(family: str = "tied", seed: int = 0, dtype=torch.float64, early_exit=None, **changes):
-    stock = tiny_stock(family, seed, dtype, **changes)
+def tiny_pair(family: str = "tied", seed: int = 0, dtype=torch.float64, early_exit=None, device="cpu", **changes):
+    stock = tiny_stock(family, seed, dtype, **changes).to(device)
     return stock, with_exits(stock, early_exit)
 
 
-def tiny_inputs(batch_size: int, seed: int = 0, longest: int = 11) -> dict[str, torch.Tensor]:
+def tiny_inputs(batch_size: int, seed: int = 0, longest: int = 11, device="cpu") -> dict[str, torch.Tensor]:
     """A padded batch of sources of different lengths."""
     generator = torch.Generator().manual_seed(100 + seed)
     ids = torch.randint(4, VOCABULARY, (batch_size, longest), generator=generator)
     lengths = [longest - (3 * row) % (longest - 2) for row in range(batch_size)]
     mask = (torch.arange(longest) < torch.tensor(lengths)[:, None]).long()
-    return {"input_ids": ids * mask, "attention_mask": mask}
+    return {"input_ids": (ids * mask).to(device), "attention_mask": mask.to(device)}
 
 
 def one_row(inputs: dict[str, torch.Tensor], row: int) -> dict[str, torch.Tensor]:
@@ -107,7 +107,8 @@ class Unrest(LogitsProcessor):
         self.noise = strength * torch.randn(16, VOCABULARY, VOCABULARY, generator=generator, dtype=torch.float64)
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        return scores + self.noise.to(scores.device)[input_ids.shape[1] % 16, input_ids[:, -1]].to(scores)
+        self.noise = self.noise.to(scores.device)
+        return scores + self.noise[input_ids.shape[1] % 16, input_ids[:, -1]].to(scores)
 
 
 def unrest(seed: int = 0) -> LogitsProcessorList:
