@@ -75,6 +75,9 @@ class T5Decoder:
         cache: Of the call, with its encoder states attached.
         encoder_mask: `[batch, source]`, 0 where the source is padding; None for no padding.
         decoder_mask: `[batch, prompt]`, 0 where the decoder prompt is padding; None for no padding.
+
+    Attributes:
+        pads_source: Whether any source position of any row is padding. A batch of one row can be padded, too.
     """
 
     def __init__(
@@ -91,9 +94,12 @@ class T5Decoder:
         self.view = T5BlockView(cache)
         source = self.encoder_states.shape[1]
         device = self.encoder_states.device
-        self.cross_mask = additive_mask(encoder_mask, self.dtype, device, source)
-        padded = decoder_mask is not None and not decoder_mask.all()
-        self.prompt_mask = additive_mask(decoder_mask, self.dtype, device, decoder_mask.shape[1]) if padded else None
+        self.pads_source = is_padded(encoder_mask)
+        if self.pads_source:
+            self.cross_mask = additive_mask(encoder_mask, self.dtype, device)
+        else:
+            self.cross_mask = torch.zeros(1, 1, 1, source, dtype=self.dtype, device=device)
+        self.prompt_mask = additive_mask(decoder_mask, self.dtype, device) if is_padded(decoder_mask) else None
         self.reversed_bias = torch.empty(0)
         self.candidates: torch.Tensor | None = None
 
@@ -216,13 +222,16 @@ class T5Decoder:
         return bias.masked_fill(distance[:, None] < 0, torch.finfo(bias.dtype).min)
 
 
-def additive_mask(mask: torch.Tensor | None, dtype: torch.dtype, device: torch.device, keys: int) -> torch.Tensor:
-    """What shuts out padding when added to attention scores: `[batch, 1, 1, keys]`, zeros `[1, 1, 1, keys]` if none.
+def is_padded(mask: torch.Tensor | None) -> bool:
+    """Whether any key is padding. It waits for the device, so each mask is asked once per call."""
+    return mask is not None and not bool(mask.all())
+
+
+def additive_mask(mask: torch.Tensor, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """What shuts out padding when added to attention scores: `[batch, 1, 1, keys]`.
 
     Args:
         mask: `[batch, keys]`, 0 where a key is padding.
     """
-    if mask is None or bool(mask.all()):
-        return torch.zeros(1, 1, 1, keys, dtype=dtype, device=device)
     padding = mask.to(device).bool().logical_not()[:, None, None]
     return torch.zeros(padding.shape, dtype=dtype, device=device).masked_fill_(padding, torch.finfo(dtype).min)

@@ -124,8 +124,6 @@ class PreparedT5Decoder(T5Decoder):
     def __init__(self, prepared: PreparedT5, *args):
         super().__init__(*args)
         self.prepared = prepared
-        # No mask at all is faster than one that shuts out nothing.
-        self.pads_source = self.cross_mask.shape[0] > 1
 
     def run_block(self, layer: int, hidden: torch.Tensor, rows: Rows, cache: EarlyExitCache) -> torch.Tensor:
         # These ones also where stretches of a single position are run otherwise.
@@ -162,7 +160,7 @@ class PreparedT5Decoder(T5Decoder):
         """`states [rows x length, hidden]` with what attention to the source adds."""
         weights = self.prepared.layers[layer - 1]
         query = self._by_head(weights.cross_query(weights.cross_norm(states)), rows, 1)[0]
-        mask = self.row_cross_mask if self.pads_source else None
+        mask = self.row_cross_mask if self.pads_source else None  # faster than a mask that shuts out nothing
         return states + weights.cross_output(self._attend(query, *cache.cross_view(layer, rows), rows, mask))
 
     def feed_forward(self, layer: int, states: torch.Tensor) -> torch.Tensor:

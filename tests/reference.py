@@ -21,23 +21,27 @@ def frozen_row_generate(
     ends: tuple[int, ...] = (),
     norm_of: Callable[[int], nn.Module] | None = None,
     states: list[torch.Tensor] | None = None,
+    prompt_ids: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Greedy tokens `[batch, 1 + steps]` and the logits `[batch, steps, vocabulary]` they come from.
+    """Greedy tokens `[batch, prompt + steps]` and the logits `[batch, steps, vocabulary]` they come from.
 
     A row that has left keeps its hidden state through the deeper layers, which make their keys and values of it: what
     projecting the exit state means. Stock blocks, stock cache, nothing of the package. `norm_of` gives the norm in
     front of the LM head for rows that left after a layer, where that is not the final one. Into `states` go, for each
-    step, the outputs `[layers, batch, hidden]` of all layers.
+    step, the outputs `[layers, batch, hidden]` of all layers. `prompt_ids [batch, prompt]` are what the decoder starts
+    with in place of the start token: their positions but the last run all layers, one at a time.
     """
     norm_of = norm_of or (lambda layer: stock.decoder.final_layer_norm)
     encoder_states = stock.encoder(**inputs).last_hidden_state
     mask = (1 - inputs["attention_mask"][:, None, None].to(stock.dtype)) * torch.finfo(stock.dtype).min
     batch_size = len(encoder_states)
-    ids, cache, all_logits = torch.zeros(batch_size, 1, dtype=torch.long), stock_cache(), []
+    prompt_ids = torch.zeros(batch_size, 1, dtype=torch.long) if prompt_ids is None else prompt_ids
+    first, ids, cache, all_logits = prompt_ids.shape[1] - 1, prompt_ids[:, :1], stock_cache(), []
     ended = torch.zeros(batch_size, dtype=torch.bool)
-    for position in range(max_new_tokens):
+    for position in range(first + max_new_tokens):
         hidden, bias, cross_bias = stock.decoder.embed_tokens(ids[:, -1:]), None, None
-        exits = torch.tensor([script(row, position) for row in range(batch_size)])
+        depth = len(stock.decoder.block)
+        exits = torch.tensor([script(row, position) if position >= first else depth for row in range(batch_size)])
         outputs = []
         for layer, block in enumerate(stock.decoder.block, start=1):
             output, bias, cross_bias = block(
@@ -45,6 +49,9 @@ def frozen_row_generate(
             )
             hidden = torch.where((exits < layer)[:, None, None], hidden, output)
             outputs.append(hidden[:, 0])
+        if position < first:
+            ids = prompt_ids[:, : position + 2]
+            continue
         if states is not None:
             states.append(torch.stack(outputs))
         scale = stock.model_dim**-0.5 if stock.config.scale_decoder_outputs else 1.0

@@ -12,7 +12,7 @@ import torch
 
 from hf_earlyexit import attention, cache, generation, layers, policies, run, t5
 from hf_earlyexit.rows import Rows
-from tests import laws
+from tests import laws, test_source_masks
 from tests.tiny import NUM_LAYERS, tiny_inputs, tiny_pair
 from tests.watching import pseudo_random_script
 
@@ -81,6 +81,10 @@ def work(family="untied"):
     _, model = tiny_pair(family, 0)
     laws.work_is_what_ran(model, tiny_inputs(4), exit_criterion="softmax", exit_threshold=0.1)
     laws.work_is_what_ran(model, tiny_inputs(4), exit_criterion="state", exit_threshold=0.8)
+
+
+def single_rows(family="untied"):
+    test_source_masks.full_depth_is_stock("plain", "right")
 
 
 def candidates(family="tied"):
@@ -197,6 +201,16 @@ def keeps_the_padding_of_the_first_rows(follow):
     def mutant(self, rows):
         follow(self, rows)
         self.row_cross_mask = self.cross_mask[: len(rows)] if self.cross_mask.shape[0] > 1 else self.cross_mask
+
+    return mutant
+
+
+@swapped(Decoder, "__init__")
+def drops_the_source_mask_of_single_rows(init):
+    def mutant(self, *args):
+        init(self, *args)
+        if self.cross_mask.shape[0] == 1:
+            self.cross_mask.zero_()
 
     return mutant
 
@@ -350,6 +364,7 @@ MUTATIONS = [
     (writes_to_the_wrong_rows, rows_alone),
     (shifts_the_relative_bias, never),
     (keeps_the_padding_of_the_first_rows, rows_alone),
+    (drops_the_source_mask_of_single_rows, single_rows),
     (attends_for_the_wrong_rows, rows_alone),
     (skips_the_final_norm, cut),
     (lets_ended_rows_run, ended_rows_rest),
@@ -378,6 +393,7 @@ LAWS = (
     frozen_rows,
     criteria_frozen_rows,
     candidates,
+    single_rows,
     beams_alone,
     beams_lazy_and_eager,
     ended_rows_rest,

@@ -12,7 +12,7 @@ from transformers import CompileConfig
 
 from hf_earlyexit import cache, layers, lean, t5_compiled, t5_prepared, t5_regions
 from hf_earlyexit.rows import Rows
-from tests import laws
+from tests import laws, test_source_masks
 from tests.test_mutations import swapped
 from tests.tiny import NUM_LAYERS, tiny_inputs, tiny_pair
 from tests.watching import Scripted, pseudo_random_script
@@ -79,6 +79,19 @@ def state_is_the_last_layers():
     assert torch.equal(output.layers_run, expected.layers_run)
 
 
+def prepared_single_rows():
+    test_source_masks.full_depth_is_stock("prepared", "right")
+
+
+def compiled_prompts():
+    """A prompt runs the prepared layers, also where single positions are compiled."""
+    test_source_masks.exits_follow_the_reference("compiled", "holes", prompted=True)
+
+
+def compiled_single_rows():
+    test_source_masks.exits_follow_the_reference("compiled", "left")
+
+
 # --- the mutations --------------------------------------------------------------------------------------------------
 
 
@@ -121,6 +134,26 @@ def swaps_queries_and_keys(by_head):
 def takes_the_first_layers_input_for_the_last_ones(run_blocks):
     def mutant(self, layers, hidden, rows, own_cache):
         return run_blocks(self, layers, hidden, rows, own_cache)[0], hidden
+
+    return mutant
+
+
+@swapped(Prepared, "__init__")
+def drops_the_source_mask_of_single_rows(init):
+    def mutant(self, *args):
+        init(self, *args)
+        self.pads_source = self.cross_mask.shape[0] > 1
+
+    return mutant
+
+
+@swapped(Compiled, "_present")
+def compiles_single_rows_without_their_source_mask(present):
+    def mutant(self, rows, own_cache):
+        found = present(self, rows, own_cache)
+        if own_cache.num_rows == 1:
+            found.cross_bias.zero_()
+        return found
 
     return mutant
 
@@ -180,6 +213,9 @@ MUTATIONS = [
     (swaps_queries_and_keys, prepared_never),
     (takes_the_first_layers_input_for_the_last_ones, state_is_the_last_layers),
     (forgets_a_layer, prepared_never),
+    (drops_the_source_mask_of_single_rows, prepared_single_rows),
+    (drops_the_source_mask_of_single_rows, compiled_prompts),
+    (compiles_single_rows_without_their_source_mask, compiled_single_rows),
     (writes_regions_to_the_wrong_rows, compiled_frozen_rows),
     (attends_to_a_position_too_few, compiled_frozen_rows),
     (attends_to_the_first_rows, compiled_frozen_rows),
