@@ -1,0 +1,111 @@
+"""Law 3's measure for any dtype: along the tokens that were written, logits are those of a reference in higher
+precision up to rounding, and every token is the best by the logits that it was written by.
+
+How far rounding goes in half precision depends on the model, so the stock model itself is asked, in the same dtype, on
+the same inputs and device: nobody may be more than twice as far from the reference, and two units in the last place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from transformers import LogitsProcessor, LogitsProcessorList
+
+from hf_earlyexit import ExitPoint
+from tests import laws
+from tests.tiny import ENDS, Unrest
+
+
+Inputs = dict[str, torch.Tensor]
+
+
+class Forced(LogitsProcessor):
+    """Leaves no choice but the tokens of `sequences [batch, length]`."""
+
+    def __init__(self, sequences: torch.Tensor):
+        self.sequences = sequences
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        chosen = self.sequences[:, input_ids.shape[1], None]
+        return torch.full_like(scores, float("-inf")).scatter(1, chosen, 0.0)
+
+
+def stock_logits(stock, inputs: Inputs, sequences: torch.Tensor) -> torch.Tensor:
+    """`[batch, new tokens, vocabulary]`, fp32, of a stock model in one forward pass."""
+    with torch.no_grad():
+        return stock(**inputs, decoder_input_ids=sequences[:, :-1], use_cache=False).logits.float()
+
+
+def walked_logits(model, inputs: Inputs, sequences: torch.Tensor, **settings) -> torch.Tensor:
+    """`[batch, new tokens, vocabulary]`, fp32, of `generate` forced along the sequences."""
+    processor, new_tokens = LogitsProcessorList([Forced(sequences)]), sequences.shape[1] - 1
+    output = laws.generate(model, inputs, 0, new_tokens, None, **settings | {"logits_processor": processor})
+    assert torch.equal(output.sequences, sequences)
+    return torch.stack(output.logits, dim=1).float()
+
+
+def live_tokens(sequences: torch.Tensor) -> torch.Tensor:
+    """`[batch, new tokens]`: those up to the first end, it included."""
+    ends = torch.isin(sequences[:, 1:], torch.tensor(ENDS, device=sequences.device))
+    return ends.cumsum(dim=1) - ends.long() == 0
+
+
+def unit_in_last_place(logits: torch.Tensor, dtype: torch.dtype) -> float:
+    """Of the largest logit in size."""
+    _, exponent = torch.frexp(logits.abs().max())
+    return torch.finfo(dtype).eps * 2.0 ** (int(exponent) - 1)
+
+
+def allowance(stock, exact_stock, inputs: Inputs, sequences: torch.Tensor) -> float:
+    """How far logits along these sequences may be from the reference's: in fp32 by 1e-4 of the largest, in half
+    precision by twice what the stock model is, and two units in the last place."""
+    exact = stock_logits(exact_stock, inputs, sequences)
+    if stock.dtype == torch.float32:
+        return laws.TOLERANCE * max(1.0, exact.abs().max().item())
+    rounding = (stock_logits(stock, inputs, sequences) - exact).abs().max().item()
+    return 2 * rounding + 2 * unit_in_last_place(exact, stock.dtype)
+
+
+def assert_logits(output, reference: torch.Tensor, allowed: float) -> None:
+    """The logits of a `generate` without beams are the reference's `[batch, steps, vocabulary]` where rows live."""
+    live = live_tokens(output.sequences)
+    apart = (torch.stack(output.logits, dim=1).float() - reference).abs().amax(dim=-1)[live].max().item()
+    assert apart <= allowed, f"logits are apart by {apart:.2e}, {allowed:.2e} is allowed"
+
+
+def assert_greedy(output, seed: int) -> None:
+    """Every token is the best by the logits of its step and the noise of `laws.generate`; ended rows are padded."""
+    sequences, live, noise = output.sequences, live_tokens(output.sequences), Unrest(seed)
+    for step, logits in enumerate(output.logits):
+        best = noise(sequences[:, : step + 1], logits).argmax(dim=-1)
+        assert torch.equal(sequences[:, step + 1], best.where(live[:, step], torch.zeros_like(best)))
+
+
+@dataclass(frozen=True)
+class Watched:
+    """Leaves where a script says, whatever `criterion` says there, which is kept."""
+
+    criterion: object
+    script: Callable[[int, int], int]
+    seen: dict[tuple[int, int, int], float] = field(default_factory=dict)
+
+    def confidence(self, point: ExitPoint) -> torch.Tensor:
+        told = self.criterion.confidence(point).tolist()
+        self.seen.update({(row, at, point.layer): one for row, at, one in zip(point.rows, point.positions, told)})
+        sure = [point.layer >= self.script(row, at) for row, at in zip(point.rows, point.positions)]
+        return torch.tensor(sure, dtype=torch.float64)
+
+
+def assert_exits(output, seen: dict[tuple[int, int, int], float], threshold: float, tolerance: float) -> None:
+    """Every row left at the first exit point whose confidence, by the reference, had reached the threshold; what is
+    within `tolerance` of it may go either way."""
+    judged = 0
+    for (row, position, layer), confidence in seen.items():
+        depth = int(output.layers_run[row, position]) if position < output.layers_run.shape[1] else 0
+        if depth > 0 and abs(confidence - threshold) > tolerance:
+            judged += 1
+            left = depth == layer
+            assert left == (confidence >= threshold), f"row {row}, position {position}, layer {layer}: left is {left}"
+    assert judged >= len(seen) / 3, f"{judged} of {len(seen)} confidences were not near the threshold"
