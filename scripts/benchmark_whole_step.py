@@ -1,22 +1,67 @@
-"""The yardstick of the device benchmark: one CUDA graph of a whole decoding step at full depth, replayed."""
+"""The yardstick of a step at full depth: one graph of all of it, replayed back to back, no host in between."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from statistics import median
 from typing import Any
 
 import torch
+from transformers import GenerationConfig
+
+from hf_earlyexit.compiling import CompileOptions, static_capacity
+from hf_earlyexit.rows import Rows
+from hf_earlyexit.t5_graphs import GraphedT5Decoder
 
 
+REPLAYS, ROUNDS = 20, 9
+
+
+@torch.no_grad()
 def whole_step(model: Any, states: torch.Tensor, new_tokens: int, settings: dict[str, Any]) -> float | None:
-    """Seconds of a replay of one graph that holds a whole step: embedding, all layers, LM head, next token.
+    """Seconds of a replay: embedding, every layer, LM head, argmax, the token written for the next one.
 
     Args:
-        model: Ours, prepared.
-        states: Encoder states `[rows, source, hidden]`, without padding.
-        new_tokens: Positions that the static cache must hold; the step is timed in the middle of the text.
-        settings: Of the `generate` calls that it is held against: with `disable_compile`, kernels are eager ones.
+        model: Prepared, in eval mode.
+        states: `[rows, source, hidden]`, of the encoder.
+        new_tokens: There is room for so many.
+        settings: As for `generate`.
 
     Returns:
-        None where there is no such graph to replay.
+        None where nothing records graphs.
     """
-    return None
+    compiling = CompileOptions.of(GenerationConfig(**settings), model.device)
+    copy = model._copy_for_call(needed=True)
+    cache = model._cache_for(None, states, static_capacity(new_tokens + 1), "eager")
+    cache.attach_encoder(states)
+    decoder = model._new_decoder(copy, cache, compiling=compiling)
+    if not isinstance(decoder, GraphedT5Decoder):
+        return None
+    rows = Rows.everyone(cache.num_rows, cache.device)
+    decoder.begin_step(rows, cache, 1)
+    ids = torch.full((len(rows), 1), 5, device=cache.device)
+    decoder.run_blocks(range(1, decoder.num_layers + 1), decoder.embed(ids, rows), rows, cache)
+    replay = decoder.workspace.graph(("whole step", compiling), lambda: step(decoder, len(rows)))
+    return median(seconds_of(replay, cache.device) for _ in range(ROUNDS)) / REPLAYS
+
+
+def step(decoder: GraphedT5Decoder, rows: int) -> None:
+    """What the graph holds: it reads the tokens that it wrote the last time, always at the same position."""
+    layers = range(1, decoder.num_layers + 1)
+    decoder._segment(layers, decoder._size(rows), rows == decoder.room, decoder.keys, None)
+    states, _ = decoder._after(layers[-1])
+    logits = decoder.lm_head(decoder.head_input(layers[-1], states[:rows]))
+    decoder.workspace.buffers["ids"][:rows].copy_(logits.argmax(dim=-1))
+
+
+def seconds_of(replay: Callable[[], None], device: torch.device) -> float:
+    """Seconds of `REPLAYS` replays, by the device's own clock."""
+    replay()
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda.synchronize(device)
+    start.record()
+    for _ in range(REPLAYS):
+        replay()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3

@@ -4,7 +4,6 @@ padding. On a GPU with `pytest -m gpu`, on a CPU as part of all tests."""
 from __future__ import annotations
 
 import copy
-import inspect
 from functools import lru_cache
 
 import pytest
@@ -35,7 +34,6 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 DECODING = {"greedy": {}, "beams": {"num_beams": 3}, "sampling": {"do_sample": True}}
 CRITERIA = {"softmax": SoftmaxResponse(), "state": StateSimilarity(), "classifier": ExitClassifier()}
 CONFIDENCE_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 4 * torch.finfo(torch.bfloat16).eps}
-OLD_TORCH = "isolate_recompiles" not in inspect.signature(torch.compile).parameters
 
 ways = pytest.mark.parametrize("way", ["plain", "prepared", "compiled"])
 dtypes = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
@@ -69,8 +67,6 @@ def settings_of(way: str, device: torch.device) -> dict:
         return {}
     if device.type == "cuda":
         return {"cache_implementation": "static", "disable_compile": True}
-    if OLD_TORCH:  # TODO: compiled segments that do not need torch 2.13
-        pytest.xfail("compiled segments need torch 2.13")
     return {"cache_implementation": "static", "compile_config": CompileConfig(backend="eager")}
 
 
@@ -249,8 +245,6 @@ def test_kernels_by_the_compiler(device):
     call = {"cache_implementation": "static"}
     if device.type == "cpu":
         call["compile_config"] = CompileConfig(backend="aot_eager")
-    if OLD_TORCH:  # TODO: compiled segments that do not need torch 2.13
-        pytest.xfail("compiled segments need torch 2.13")
     output = generate("prepared", dtype, device, inputs, **scripted(5), **call)
     assert_is_walk(output, dtype, device, inputs, **scripted(5))
 
