@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 
 SCRIPT = Path(__file__).parent.parent / "scripts/benchmark.py"
 
@@ -46,3 +48,35 @@ def test_quick_grid_and_its_picture(tmp_path):
     run = [sys.executable, str(plot), str(results), "--png", str(png)]
     drawn = subprocess.run(run, capture_output=True, text=True, check=True)
     assert "| prepared never |" in drawn.stdout and png.read_bytes().startswith(b"\x89PNG")
+
+
+def test_quick_run_of_a_device(tmp_path):
+    """On a CPU: every way to decode has its time or says why not, ratios follow from times, and steps are counted."""
+    results = tmp_path / "device.json"
+    chosen = ["--device", "cpu", "--quick", "--batch", "1", "--json-out", str(results)]
+    run = subprocess.run([sys.executable, str(SCRIPT), *chosen], capture_output=True, text=True, check=True)
+    result = json.loads(results.read_text())
+    rows = {row["name"]: row for row in result["rows"]}
+    assert {"stock eager", "plain", "prepared", "graphs", "graphs + compile", "exit 1/2", "floor"} <= set(rows)
+    measured = {name for name, row in rows.items() if row["status"] == "measured"}
+    assert set(rows) - measured <= {"graphs + compile"}, "only what this torch cannot compile may fail"
+    depths = {"exit 1/4": 1, "exit 1/2": 2, "exit 3/4": 3, "plain": 4, "softmax in vain": 4, "classifier in vain": 4}
+    assert {name: rows[name]["mean_layers"] for name in depths} == depths
+    launches = {name: rows[name]["per_step"]["kernel_launches"] for name in ("stock eager", "plain", "exit 1/4")}
+    assert launches["exit 1/4"] < launches["plain"] and launches["stock eager"] > 0
+    ratios = {one["name"]: one["ratio"] for one in result["ratios"]}
+    expected = rows["exit 1/2"]["ms_per_step"] / rows["full depth"]["ms_per_step"]
+    assert ratios["exit 1/2 / full depth"] == pytest.approx(expected)
+    assert "ms per step" in run.stdout and result["bandwidth_bytes_per_s"] > 0
+
+
+def test_counts_of_a_trace(monkeypatch):
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    from benchmark_device_counts import counts_of_trace
+
+    calls = ["cudaLaunchKernel", "cudaLaunchKernelExC", "cudaGraphLaunch", "cudaStreamSynchronize", "cudaMalloc"]
+    events = [{"cat": "cuda_runtime", "name": name} for name in calls]
+    events += [{"cat": "cuda_driver", "name": "cuLaunchKernel"}, {"cat": "kernel", "name": "gemm"}, {"ph": "M"}]
+    events += [{"cat": "gpu_memcpy", "name": "Memcpy DtoH (Device -> Pageable)"}]
+    expected = {"kernel_launches": 3, "graph_launches": 1, "host_waits": 1, "kernels": 1, "reads": 1}
+    assert counts_of_trace(events) == expected

@@ -19,6 +19,8 @@ from tests.teacher_forced import (
     assert_exits,
     assert_greedy,
     assert_logits,
+    beam_scores,
+    distance,
     stock_logits,
     walked_logits,
 )
@@ -28,7 +30,7 @@ from tests.watching import Scripted, pseudo_random_script, threshold_for
 
 pytestmark = pytest.mark.gpu
 
-SEED, NEW_TOKENS, DEPTHS = 1, 10, (2, 4, NUM_LAYERS)
+SEED, NEW_TOKENS, DEPTHS = 2, 10, (2, 4, NUM_LAYERS)
 EXITS = EarlyExitConfig(DEPTHS[:-1], classifier=ClassifierConfig(trained=True))
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 DECODING = {"greedy": {}, "beams": {"num_beams": 3}, "sampling": {"do_sample": True}}
@@ -89,9 +91,10 @@ sources = pytest.mark.parametrize("source", SOURCES)
 
 @pytest.fixture(autouse=True)
 def all_rows(monkeypatch, device):
-    """Regions take any number of rows, on a CPU as on an accelerator, and there are few of them."""
+    """Regions take any number of rows, on a CPU as on an accelerator, and there are few graphs of them."""
     if device.type == "cpu":
         monkeypatch.setattr(t5_compiled, "LONGEST_REGION", 2)
+        monkeypatch.setattr(t5_compiled, "bucket", lambda rows: 4 if rows <= 4 else 16)
         monkeypatch.setattr(t5_compiled, "most_rows", lambda cache: cache.num_rows)
 
 
@@ -121,8 +124,8 @@ def never_is_stock(way, dtype, device, decoding, source):
         assert torch.equal(output.sequences, stock_output(dtype, device, decoding, source).sequences)
     allowed = allowance(stock, exact, inputs, output.sequences)
     if decoding == "beams":
-        expected = stock_output(dtype, device, decoding, source)
-        torch.testing.assert_close(output.sequences_scores, expected.sequences_scores, atol=allowed, rtol=0)
+        expected = beam_scores(stock_logits(exact, inputs, output.sequences), output.sequences, SEED)
+        torch.testing.assert_close(output.sequences_scores, expected, atol=allowed, rtol=0)
     else:
         assert_logits(output, stock_logits(exact, inputs, output.sequences), allowed)
     if decoding == "greedy":
@@ -205,7 +208,8 @@ def test_criteria_are_the_plain_walks(way, dtype, criterion, device):
     layers = output.layers_run.tolist()
     watched = Watched(CRITERIA[criterion], lambda row, at: layers[row][at] or 1)
     assert_is_walk(output, dtype, device, inputs, exit_criterion=watched, exit_threshold=0.5)
-    assert_exits(output, watched.seen, threshold, CONFIDENCE_TOLERANCE[dtype])
+    judged = assert_exits(output, watched.seen, threshold, CONFIDENCE_TOLERANCE[dtype])
+    assert judged >= (len(watched.seen) / 2 if dtype == torch.float32 else 1)
     assert len({*output.layers_run.flatten().tolist()} - {0}) >= 2, "all tokens left after one layer"
 
 
@@ -220,9 +224,9 @@ def test_a_batch_is_its_rows_alone(way, dtype, device):
     for row, length in enumerate(lengths):
         sequence = batch.sequences[row : row + 1, : 1 + length]
         model, settings = model_of(way, dtype, device), scripted(5, row) | settings_of(way, device)
-        alone = walked_logits(model, one_row(inputs, row), sequence, **settings)[0]
+        alone = walked_logits(model, one_row(inputs, row), sequence, **settings)
         together = torch.stack(batch.logits, dim=1)[row, :length].float()
-        torch.testing.assert_close(together, alone, atol=allowed, rtol=0)
+        assert distance(together[None], alone, sequence) <= allowed
     assert_greedy(batch, SEED)
 
 
@@ -240,12 +244,12 @@ def test_work_reported_is_work_executed(dtype, fill, settings, device):
 
 
 def test_kernels_by_the_compiler(device):
-    """One case, since it takes half a minute on a GPU; on a CPU without the compiler's last part."""
+    """One case, since it takes half a minute on a GPU; on a CPU without a compiler."""
     dtype, inputs = torch.bfloat16, SOURCES["alone"](device)
-    call = {"cache_implementation": "static"}
     if device.type == "cpu":
-        call["compile_config"] = CompileConfig(backend="aot_eager")
-    output = generate("prepared", dtype, device, inputs, **scripted(5), **call)
+        output = generate("compiled", dtype, device, inputs, **scripted(5))
+    else:
+        output = generate("prepared", dtype, device, inputs, **scripted(5), cache_implementation="static")
     assert_is_walk(output, dtype, device, inputs, **scripted(5))
 
 
