@@ -22,6 +22,7 @@ from hf_earlyexit.rows import Rows
 
 
 PREFIX = "early_exit_"
+ALIGNMENT = 16  # bytes
 
 
 def attend(
@@ -58,8 +59,16 @@ def attend(
 def sdpa(module, query, key, value, attention_mask, position_bias, scaling, **kwargs):
     """What the library's sdpa does when all masks are in `position_bias`, without what it then needs not ask: about
     1 % of a step of a 12-layer decoder at batch 1."""
-    output = scaled_dot_product_attention(query, key, value, attn_mask=position_bias, scale=scaling)
+    output = scaled_dot_product_attention(query, key, value, attn_mask=aligned(position_bias), scale=scaling)
     return output.transpose(1, 2), None
+
+
+def aligned(bias: torch.Tensor | None) -> torch.Tensor | None:
+    """The bias, copied where it starts between the addresses that CUDA kernels load from.
+
+    A view of some rows may; cuDNN's attention then stops with "misaligned address" (torch 2.11, H100, bf16).
+    """
+    return bias.clone() if bias is not None and bias.is_cuda and bias.data_ptr() % ALIGNMENT else bias
 
 
 def with_live_rows(stock: Callable, live: Callable) -> Callable:

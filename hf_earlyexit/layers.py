@@ -49,6 +49,10 @@ class Decoder(Protocol):
     def begin_prompt(self, rows: Rows, cache: EarlyExitCache, length: int) -> None:
         """As `begin_step`, for positions that `run_block` runs."""
 
+    def look_ahead(self, ids: torch.Tensor, rows: Rows, cache: EarlyExitCache) -> None:
+        """Called while the device is busy and nobody knows yet which rows go on: what the next step of `rows` needs if
+        all do. `ids [batch]` are the tokens just chosen."""
+
     def expect(self, criterion: ExitCriterion, exit_points: Collection[int]) -> None:
         """The criterion of the call and where it is evaluated, for adapters that do so together with the layers."""
 

@@ -60,6 +60,7 @@ def generate_tokens(
         if streamer is not None:
             streamer.put(tokens.cpu())
         ended = ended | stopping_criteria(ids, scores)
+        decoder.look_ahead(tokens, run.live, cache)
         has_ended = to_host(ended)  # the one read of a step at full depth
         if all(has_ended):
             break

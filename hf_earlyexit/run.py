@@ -98,6 +98,11 @@ class ExitRun:
         self.shortlist, self.streaks = Shortlist(), Streaks()
         return self._live
 
+    @property
+    def live(self) -> Rows:
+        """The rows of the last step."""
+        return self._live
+
     def leavers(self, point: ExitPoint) -> list[int]:
         """The places, among the rows of `point`, of those that leave here. One read of the device, and one more where
         rows that pass were judged by candidates."""

@@ -127,6 +127,9 @@ class T5Decoder:
     def begin_prompt(self, rows: Rows, cache: EarlyExitCache, length: int) -> None:
         self.begin_step(rows, cache, length)
 
+    def look_ahead(self, ids: torch.Tensor, rows: Rows, cache: EarlyExitCache) -> None:
+        pass
+
     def expect(self, criterion: ExitCriterion, exit_points: Collection[int]) -> None:
         pass
 

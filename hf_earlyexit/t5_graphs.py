@@ -60,6 +60,8 @@ class GraphedT5Decoder(PreparedT5Decoder):
         self.questions: Collection[int] = ()
         self.has_source: set[int] = set()
         self.in_graphs = False
+        self.uploaded: Rows | None = None  # whose rows and positions the workspace holds
+        self.ahead: Rows | None = None  # whose next step the workspace holds
         self._bring_masks(cache)
 
     @staticmethod
@@ -98,20 +100,31 @@ class GraphedT5Decoder(PreparedT5Decoder):
         # A cache that has moved, or that somebody has grown, is no longer where graphs look.
         self.in_graphs = cache.arena is self.arena and not torch.is_autocast_enabled(cache.device.type)
         if not self.in_graphs:
+            self.ahead = None
             return super().begin_step(rows, cache, length)
         self.new_positions, self.head_dim = length, cache.head_dim
         self.keys = roomy(cache.get_seq_length() + 1, SMALLEST_ROOM)
-        self.uploaded: Rows | None = None
         self.asked: tuple[int, Rows] | None = None
+        if self.ahead is not rows:
+            self.uploaded = None
+        self.has_ids = self.ahead is not None
+        self.ahead = None
+
+    def look_ahead(self, ids: torch.Tensor, rows: Rows, cache: EarlyExitCache) -> None:
+        if self.in_graphs:
+            self.workspace.buffers["ids"][: len(ids)].copy_(ids)
+            self._upload(rows, cache)
+            self.ahead = rows
 
     def begin_prompt(self, rows: Rows, cache: EarlyExitCache, length: int) -> None:
-        self.in_graphs = False
+        self.in_graphs, self.ahead = False, None
         super().begin_step(rows, cache, length)
 
     def embed(self, ids: torch.Tensor, rows: Rows) -> torch.Tensor:
         if not self.in_graphs:
             return super().embed(ids, rows)
-        self.workspace.buffers["ids"][: len(ids)].copy_(ids[:, 0])  # graphs embed
+        if not self.has_ids:  # graphs embed
+            self.workspace.buffers["ids"][: len(ids)].copy_(ids[:, 0])
         return self.workspace.buffers["states"][: len(rows), None]
 
     def run_blocks(
