@@ -36,7 +36,7 @@ class CudaRecorder:
     def __init__(self, device: torch.device):
         self.device = device
         self.pool = torch.cuda.graph_pool_handle()
-        self.stream = torch.cuda.Stream(device)
+        self.stream, self.done = torch.cuda.Stream(device), torch.cuda.Event()
         self.used_on = torch.cuda.current_stream(device)
 
     def take_over(self) -> None:
@@ -52,9 +52,8 @@ class CudaRecorder:
 
     def wait(self) -> None:
         """Wait until everything that was enqueued is done."""
-        done = torch.cuda.Event()
-        done.record()
-        done.synchronize()
+        self.done.record(torch.cuda.current_stream(self.device))
+        self.done.synchronize()
 
     def record(self, function: Callable[[], None]) -> Replay:
         """Run `function` once, as it is, and once more to record it; returns what replays it.

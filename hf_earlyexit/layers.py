@@ -135,9 +135,9 @@ def run_layers(
         if cache.lacks(stretch[-1], rows):  # what a layer has of a row, the layers below it have, too
             for layer in stretch:
                 run.work.filled_positions[layer] += cache.catch_up(layer, rows, decoder.project)  # a debt is paid here
+        hidden, previous = decoder.run_blocks(stretch, hidden, rows, cache)
         for layer in stretch:
             run.work.layer_rows[layer] += len(rows)
-        hidden, previous = decoder.run_blocks(stretch, hidden, rows, cache)
         layer = stretch[-1]
         if layer == decoder.num_layers:
             break

@@ -58,7 +58,8 @@ class GraphedT5Decoder(PreparedT5Decoder):
         self.arena, self.room = cache.arena, len(self.workspace.buffers["ids"])
         self.criterion: ExitCriterion | None = None
         self.questions: Collection[int] = ()
-        self.has_source: set[int] = set()
+        self.has_source: set[range] = set()
+        self.replays: dict[Hashable, Callable[[], None]] = {}  # the same as in the workspace, by fewer things
         self.in_graphs = False
         self.uploaded: Rows | None = None  # whose rows and positions the workspace holds
         self.ahead: Rows | None = None  # whose next step the workspace holds
@@ -132,19 +133,22 @@ class GraphedT5Decoder(PreparedT5Decoder):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         if not self.in_graphs:
             return super().run_blocks(layers, hidden, rows, cache)
-        for layer in layers:
-            if layer not in self.has_source:
+        if layers not in self.has_source:
+            for layer in layers:
                 cache.fill_cross(layer, Rows.everyone(cache.num_rows, cache.device), self.project_source)
-                self.has_source.add(layer)
+            self.has_source.add(layers)
         if rows is not self.uploaded:
             self._upload(rows, cache)
-        if layers.start > 1:
-            self.workspace.buffers["states"][: len(rows)].copy_(hidden[:, 0])
         self._graph(layers, len(rows))()
         self.asked = (layers[-1], rows) if layers[-1] in self.questions else None
         cache.mark_written(layers, rows)
-        states, previous = self._after(layers[-1])
-        return states[: len(rows), None], previous[: len(rows), None]
+        after, before = self._after(layers[-1])
+        states = self._of(rows, after)[:, None]
+        return states, states if self.asked else self._of(rows, before)[:, None]
+
+    def _of(self, rows: Rows, buffer: torch.Tensor) -> torch.Tensor:
+        """These rows of a buffer `[room, ...]`."""
+        return buffer if len(rows) == self.room else rows.select(buffer[: rows.batch_size])
 
     def answer(self, layer: int, rows: Rows) -> Answer | None:
         if not self.in_graphs or self.asked != (layer, rows):
@@ -159,42 +163,47 @@ class GraphedT5Decoder(PreparedT5Decoder):
         return min(roomy(count), self.room)
 
     def _upload(self, rows: Rows, cache: EarlyExitCache) -> None:
-        """Tell the graphs which rows go on, at which positions, and where their states stand in the buffer."""
+        """Tell the graphs which rows go on, at which positions."""
         size = self._size(len(rows))
-        places = [min(place, len(rows) - 1) for place in range(size)]
-        indices = [rows.indices[place] for place in places]
-        control = to_device([indices, [cache.lengths[row] for row in indices], places], cache.device)
+        indices = [*rows.indices, *rows.indices[-1:] * (size - len(rows))]
+        control = to_device([indices, [cache.lengths[row] for row in indices]], cache.device)
         self.workspace.buffers["control"][:, :size].copy_(control)
         self.uploaded = rows
 
     # --- graphs -----------------------------------------------------------------------------------------------------
 
     def _graph(self, layers: range, count: int) -> Callable[[], None]:
-        criterion = self.criterion if layers[-1] in self.questions else None
-        size, everyone = self._size(count), count == self.room
-        key = (layers.start, layers.stop, size, everyone, self.keys, self.options, criterion)
-        return self.workspace.graph(key, partial(self._segment, layers, size, everyone, self.keys, criterion))
+        if (replay := self.replays.get((layers, count, self.keys))) is None:
+            criterion = self.criterion if layers[-1] in self.questions else None
+            size, everyone = self._size(count), count == self.room
+            key = (layers, size, everyone, self.keys, self.options, criterion)
+            segment = partial(self._segment, layers, size, everyone, self.keys, criterion)
+            replay = self.replays[layers, count, self.keys] = self.workspace.graph(key, segment)
+        return replay
 
     @torch.no_grad()
     def _segment(self, layers: range, size: int, everyone: bool, keys: int, criterion: ExitCriterion | None) -> None:
         """What a graph does: reads and writes buffers of the workspace alone."""
         buffers = self.workspace.buffers
-        rows, positions, places = buffers["control"][:, :size]
+        rows, positions = buffers["control"][:, :size]
         if layers.start == 1:
             states = self.stack.embed_tokens(buffers["ids"][rows])
             prompt_bias = buffers["prompt_bias"][rows][..., :keys]
             bias = bias_of(buffers["bias_by_distance"], positions, prompt_bias, keys)
             buffers["bias"][..., :keys].index_copy_(0, rows, bias)
         else:
-            states = buffers["states"][places]  # a row that fills up has the state of the one it repeats
+            states = self._after(layers.start - 1)[0]
+            states = states if everyone else states[rows]
         present = Present(rows, positions, buffers["bias"][..., :keys], buffers["cross_bias"])
         run_layer = self._layer(size, everyone, keys)
         for layer in layers:
             previous = states
             past = LayerPast(buffers["arena"][:, layer - 1], buffers["cross"][:, layer - 1])
             states = run_layer(states, self.graphed.layers[layer - 1], past, present)
-        for buffer, values in zip(self._after(layers[-1]), (states, previous)):
-            buffer[:size].copy_(values)
+        after, before = self._after(layers[-1])
+        # What is evaluated here nobody compares outside.
+        for buffer, values in ((after, states), *(() if criterion else ((before, previous),))):
+            buffer.copy_(values) if everyone else buffer.index_copy_(0, rows, values)
         if criterion is not None:
             self._evaluate(criterion, layers[-1], states, previous)
 
@@ -217,12 +226,13 @@ class GraphedT5Decoder(PreparedT5Decoder):
         if key not in self.graphed.compiled:
             config, activation = self.model.config, self.prepared.layers[0].activation
             layer = GraphLayer(activation, config.is_gated_act, config.layer_norm_epsilon, config.num_heads, everyone)
-            self.graphed.compiled[key] = self.options.compile(layer, dynamic=False)
+            options = self.options.for_one_row() if size == 1 else self.options
+            self.graphed.compiled[key] = options.compile(layer, dynamic=False)
         return self.graphed.compiled[key]
 
     def _after(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The states `[batch, hidden]` after a layer and before it. Each exit point has its own, since rows that have
-        left are looked at again when the others are done."""
+        """The states `[room, hidden]` after a layer and before it, by batch row. Each exit point has its own: rows that
+        exit are looked at again when the others are done."""
         like = self.workspace.buffers["states"]
         make = partial(torch.zeros_like, like)
         return self.workspace.buffer(("after", layer), make), self.workspace.buffer(("before", layer), make)
@@ -266,7 +276,7 @@ def new_workspace(model: nn.Module, cache: EarlyExitCache, room: Room) -> Worksp
             "bias_by_distance": torch.zeros(heads, capacity, dtype=dtype),
             "bias": torch.zeros(rows, heads, 1, capacity, dtype=dtype),
             "ids": torch.zeros(rows, dtype=torch.long),
-            "control": torch.zeros(3, rows, dtype=torch.long),
+            "control": torch.zeros(2, rows, dtype=torch.long),
             "states": torch.zeros(rows, model.config.d_model, dtype=dtype),
         }
     buffers["confidences"] = recorder.host_buffer(rows, dtype=at_least_float32(buffers["states"]).dtype)

@@ -41,6 +41,9 @@ LARGE_BATCH = 16  # batches from here on come after the smaller ones of all shap
 FULL_DEPTH_AGAIN = "full depth"  # of the fastest of ours, timed again among its exits
 
 
+PARTS = ("cell", "stock compiled", "counts")
+
+
 class Unit(NamedTuple):
     """A part of the work: "cell" measures ours and stock, "stock compiled" the library's own compiled path, "counts"
     what a step makes the host do."""
@@ -57,6 +60,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--shapes", **names, default=["large", "base", "xl"], help="in this order (large,base,xl)")
     numbers = {"type": lambda text: [int(number) for number in text.split(",")]}
     parser.add_argument("--batch", **numbers, default=[1, 8, 32], help="rows (1,8,32)")
+    parser.add_argument("--parts", **names, default=list(PARTS), help=f"of the work ({','.join(PARTS)})")
     parser.add_argument("--budget", type=float, default=340, help="seconds in all (%(default)s)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="(bfloat16 on CUDA, float32 on a CPU)")
     parser.add_argument("--seed", type=int, default=0, help="of weights, inputs and order (%(default)s)")
@@ -67,6 +71,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         args.shapes, args.batch = ["tiny"], args.batch[:2]
     if unknown := sorted(set(args.shapes) - set(DEVICE_SHAPES)):
         parser.error(f"--shapes has {unknown}: choose from {','.join(DEVICE_SHAPES)}")
+    if unknown := sorted(set(args.parts) - set(PARTS)):
+        parser.error(f"--parts has {unknown}: choose from {','.join(PARTS)}")
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: there is no CUDA device here")
     args.dtype = args.dtype or ("bfloat16" if args.device == "cuda" else "float32")
@@ -242,7 +248,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         runner = Runner(args, report, budget)
         for unit in plan(args.shapes, args.batch, stock_compiled=not args.quick and args.device == "cuda"):
-            runner.run(unit)
+            if unit.part in args.parts:
+                runner.run(unit)
     finally:
         report.result["seconds"] = round(time.perf_counter() - start, 1)
         if args.device == "cuda":

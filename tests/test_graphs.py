@@ -133,16 +133,15 @@ def test_the_default_fills_at_once_and_says_so():
 # --- mutations ------------------------------------------------------------------------------------------------------
 
 
-def stale_filling_up(self, rows, cache):
-    """Rows that fill a graph up take whatever stands in the buffer."""
+def filled_up_elsewhere(self, rows, cache):
+    """What fills a graph up writes to another position of the row that it repeats."""
     ORIGINAL_UPLOAD(self, rows, cache)
-    size = self._size(len(rows))
-    self.workspace.buffers["control"][2, :size] = torch.arange(size)
+    self.workspace.buffers["control"][1, len(rows) : self._size(len(rows))] = 0
 
 
 ORIGINAL_UPLOAD = t5_graphs.GraphedT5Decoder._upload
 MUTATIONS = {
-    "what fills a graph up is stale": ("_upload", stale_filling_up),
+    "what fills a graph up writes elsewhere": ("_upload", filled_up_elsewhere),
     "positions are not told anew": (
         "_upload",
         lambda self, rows, cache: ORIGINAL_UPLOAD(self, rows, ZeroLengths(cache)),
