@@ -231,8 +231,10 @@ class GraphedT5Decoder(PreparedT5Decoder):
         return self.graphed.compiled[key]
 
     def _after(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The states `[room, hidden]` after a layer and before it, by batch row. Each exit point has its own: rows that
-        exit are looked at again when the others are done."""
+        """The states `[room, hidden]` after a layer and before it, by batch row.
+
+        Each exit point has its own: rows that exit are looked at again when the others are done.
+        """
         like = self.workspace.buffers["states"]
         make = partial(torch.zeros_like, like)
         return self.workspace.buffer(("after", layer), make), self.workspace.buffer(("before", layer), make)

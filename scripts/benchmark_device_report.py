@@ -99,11 +99,11 @@ class Report:
 
     def add_counts(self, shape: str, rows: int, name: str, counts: dict[str, Any] | None) -> None:
         """Counts of a step, beside the row's times."""
-        row = self.row(shape, rows, name)
-        if row is not None:
-            row["per_step"] = counts
-            print(f"{shape:6} x{rows:<3} {name:32} per step: {counts}", flush=True)
-            self.write()
+        if self.row(shape, rows, name) is None:
+            self.add(shape, rows, name, status="counted")
+        self.row(shape, rows, name)["per_step"] = counts
+        print(f"{shape:6} x{rows:<3} {name:32} per step: {counts}", flush=True)
+        self.write()
 
     def note(self, shape: str, rows: int, **values: Any) -> None:
         self.result["cells"].setdefault(f"{shape} x{rows}", {}).update(values)
