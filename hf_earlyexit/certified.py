@@ -109,13 +109,22 @@ class CertifiedMixin:
 
     def _has_certified_weights(self, read: bool) -> bool:
         """Whether the weights are the certificate's. They are read if they may have changed since they were known to
-        be, and with `read` once in any case."""
+        be: written to, moved, trained, or after a step of any optimizer of the process. With `read` once in any case.
+        """
         marks = weights_marks(self)
         known, same, was_read = self._known_weights or (None, False, False)
         if marks != known or (read and not was_read):
             same = weights_fingerprint(self) == self.exit_certificate.weights
             self._known_weights = (marks, same, True)
         return same
+
+    def train(self, mode: bool = True):
+        if mode:
+            self._known_weights = None  # training changes weights in ways that may go unnoticed
+        return super().train(mode)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in super().__getstate__().items() if name != "_known_weights"}
 
     # --- files ------------------------------------------------------------------------------------------------------
 

@@ -10,18 +10,28 @@ import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import torch
+
 from hf_earlyexit import graphs
 from hf_earlyexit.cache import EarlyExitCache
 from hf_earlyexit.compiling import CompileOptions
-from hf_earlyexit.fingerprint import weights_marks
+from hf_earlyexit.fingerprint import WeightsMarks, same_sums, weights_marks, weights_sums
 from hf_earlyexit.layers import Decoder
 
 
 class PreparedCopy(NamedTuple):
-    """A copy, the marks of the weights it was made of, and these, so that no others come to lie where they do."""
+    """Packed weights and what they were made from.
+
+    Attributes:
+        weights: What a family's `prepare_weights` has made.
+        marks: Of the model's weights before that.
+        sums: Of these weights, to be compared after optimizer steps, which may have been another model's.
+        originals: These weights, kept so that no others come to lie where they do.
+    """
 
     weights: Any
-    marks: tuple
+    marks: WeightsMarks
+    sums: list[torch.Tensor]
     originals: tuple
 
 
@@ -43,7 +53,8 @@ class PreparedMixin:
         and memory for one more decoder and LM head, with keys' and values' maps twice; with `fill="eager"` also for
         those of all layers above each layer left. Tokens are the same up to rounding. The copy is dropped by training
         mode, `.to(...)`, `save_pretrained` and `unprepare`, and, with a warning, by the next `generate` after weights
-        were changed or hooks added. What is written through `.data` is not noticed: call this again.
+        were changed, by a fused optimizer, too, or hooks added. Not noticed is what is written through `.data` outside
+        of optimizers, or to weights that were made under `torch.inference_mode`: call this again.
 
         Returns:
             The model.
@@ -54,7 +65,8 @@ class PreparedMixin:
         """
         if self.training:
             raise ValueError("`prepare_for_generation` needs eval mode: call `model.eval()` first.")
-        self._prepared_copy = PreparedCopy(self.prepare_weights(self), weights_marks(self), tuple(self.parameters()))
+        marks, sums = weights_marks(self), weights_sums(self)
+        self._prepared_copy = PreparedCopy(self.prepare_weights(self), marks, sums, tuple(self.parameters()))
         return self
 
     def unprepare(self) -> None:
@@ -111,8 +123,13 @@ class PreparedMixin:
 
     def _changed_since(self, copy: PreparedCopy) -> str | None:
         """What makes the copy say something else than the model."""
-        if copy.marks != weights_marks(self):
+        marks = weights_marks(self)
+        if copy.marks.tensors != marks.tensors:
             return "Weights have changed"
+        if copy.marks.steps != marks.steps:
+            if not same_sums(copy.sums, weights_sums(self)):
+                return "Weights have changed"
+            self._prepared_copy = copy._replace(marks=marks)  # other models' steps
         try:
             self.refuse_hooks(self)
         except ValueError:
@@ -140,4 +157,4 @@ class PreparedMixin:
         return alias
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_prepared_copy"}
+        return {name: value for name, value in super().__getstate__().items() if name != "_prepared_copy"}
