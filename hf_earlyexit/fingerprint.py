@@ -53,7 +53,12 @@ def weights_marks(model: torch.nn.Module) -> WeightsMarks:
     a model. Not noticed are writes through `.data` outside of optimizers, and writes to weights made in inference
     mode, which keep no count.
     """
-    tensors = [*model.parameters(), *model.buffers()]
+    # As `parameters` and `buffers` say, but for the order and what is there twice, in a third of the time.
+    modules = [model]
+    for module in modules:
+        modules.extend(module.children())
+    held = (one for module in modules for one in (*module._parameters.values(), *module._buffers.values()))
+    tensors = [one for one in held if one is not None]
     counts = ((tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version) for tensor in tensors)
     return WeightsMarks(_Steps.latest, tuple(counts))
 

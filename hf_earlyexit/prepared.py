@@ -27,16 +27,18 @@ class PreparedCopy(NamedTuple):
         marks: Of the model's weights before that.
         sums: Of these weights, to be compared after optimizer steps, which may have been another model's.
         originals: These weights, kept so that no others come to lie where they do.
+        structure: Modules and settings that decide what the model's decoder computes.
     """
 
     weights: Any
     marks: WeightsMarks
     sums: list[torch.Tensor]
     originals: tuple
+    structure: tuple
 
 
 class PreparedMixin:
-    """`prepare_for_generation`, for a class with adapters, `prepare_weights` and `refuse_hooks`."""
+    """`prepare_for_generation`, for a class with adapters, `prepare_weights`, `refuse_hooks` and `structure_of`."""
 
     decoder_adapter: Callable[..., Decoder]
     prepared_adapter: Callable[..., Decoder]
@@ -44,6 +46,7 @@ class PreparedMixin:
     graphed_adapter: Callable[..., Decoder]
     prepare_weights: Callable
     refuse_hooks: Callable
+    structure_of: Callable[..., tuple]
     _prepared_copy: PreparedCopy | None = None
 
     def prepare_for_generation(self):
@@ -53,20 +56,21 @@ class PreparedMixin:
         and memory for one more decoder and LM head, with keys' and values' maps twice; with `fill="eager"` also for
         those of all layers above each layer left. Tokens are the same up to rounding. The copy is dropped by training
         mode, `.to(...)`, `save_pretrained` and `unprepare`, and, with a warning, by the next `generate` after weights
-        were changed, by a fused optimizer, too, or hooks added. Not noticed is what is written through `.data` outside
-        of optimizers, or to weights that were made under `torch.inference_mode`: call this again.
+        were changed, by a fused optimizer, too, hooks added, or modules, a `forward` or settings replaced. Not noticed
+        is what is written through `.data` outside of optimizers, or to weights that were made under
+        `torch.inference_mode`: call this again.
 
         Returns:
             The model.
 
         Raises:
-            ValueError: The model is in training mode, or its decoder is not plain (LoRA, quantised, hooks, fp16, parts
-                of different dtypes).
+            ValueError: The model is in training mode, or its decoder is not plain (LoRA, quantised, hooks, other
+                modules or a `forward` in place of the library's, fp16, parts of different dtypes).
         """
         if self.training:
             raise ValueError("`prepare_for_generation` needs eval mode: call `model.eval()` first.")
-        marks, sums = weights_marks(self), weights_sums(self)
-        self._prepared_copy = PreparedCopy(self.prepare_weights(self), marks, sums, tuple(self.parameters()))
+        before = weights_marks(self), weights_sums(self), tuple(self.parameters()), self.structure_of(self)
+        self._prepared_copy = PreparedCopy(self.prepare_weights(self), *before)
         return self
 
     def unprepare(self) -> None:
@@ -134,6 +138,8 @@ class PreparedMixin:
             self.refuse_hooks(self)
         except ValueError:
             return "Hooks were added"
+        if copy.structure != self.structure_of(self):
+            return "Modules or settings of the decoder have changed"
         return None
 
     # --- what drops it ----------------------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ from hf_earlyexit.packing import PackedLinear, at_least_a_tile, packs
 from hf_earlyexit.policies import at_least_float32
 from hf_earlyexit.rows import Rows
 from hf_earlyexit.t5 import T5Decoder
+from hf_earlyexit.t5_structure import modules_of, refuse_other_forwards, replaced_modules
 
 
 # Whose hooks stay on the blocks for good once hidden states were asked for, as training does.
@@ -79,7 +80,8 @@ class PreparedT5:
         model: An `EarlyExitT5ForConditionalGeneration`.
 
     Raises:
-        ValueError: A part of the decoder is not the library's plain one (LoRA, quantised, hooked), or is in fp16.
+        ValueError: A part of the decoder is not the library's plain one (LoRA, quantised, hooked, a `forward` of its
+            own, training mode), or is in fp16.
     """
 
     def __init__(self, model: nn.Module):
@@ -249,6 +251,7 @@ def refuse_unless_plain(model: nn.Module) -> None:
                 f"`{type(module).__name__}`{weight}: merge adapters (`merge_and_unload`) or load unquantised weights."
             )
     refuse_hooks(model)
+    refuse_other_forwards(model)
     dtypes = {parameter.dtype for parameter in (model.lm_head.weight, *model.decoder.parameters())}
     if len(dtypes) > 1 or torch.float16 in dtypes:
         raise ValueError(
@@ -263,10 +266,16 @@ def refuse_hooks(model: nn.Module) -> None:
     Raises:
         ValueError: Some would; the message names the module.
     """
-    for name, module in (("lm_head", model.lm_head), *model.decoder.named_modules(prefix="decoder")):
-        hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
-        if any(getattr(hook, "__module__", None) != RECORDERS for hook in hooks) or hasattr(module, "_hf_hook"):
+    if not any(map(_is_hooked, modules_of(model.lm_head, model.decoder, model.exit_heads))):
+        return
+    for name, module in (*replaced_modules(model), *model.decoder.named_modules(prefix="decoder")):
+        if _is_hooked(module):
             raise ValueError(f"`prepare_for_generation` would not call the hooks of `{name}`: remove them.")
+
+
+def _is_hooked(module: nn.Module) -> bool:
+    hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+    return "_hf_hook" in vars(module) or any(getattr(hook, "__module__", None) != RECORDERS for hook in hooks)
 
 
 def _maps_of(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
