@@ -110,16 +110,21 @@ class EarlyExitGenerationMixin(CertifiedMixin, PreparedMixin):
 
         What is not given is taken from `generation_config`; without a criterion there, every token runs all layers.
 
+        A criterion looks at the scores of the head as they are. Logits processors (penalties, banned words, grammars,
+        temperature) come after the exit, so a token can be surest of a word that a processor then forbids, and what is
+        written is the next best of the layer it left.
+
         Args:
             early_exit: False: every token runs all layers, whatever else is set.
             exit_criterion: `"softmax"`, `"max_prob"`, `"entropy"`, `"state"`, `"classifier"`, `"patience"`, `"fixed"`,
                 an object with `confidence(point) -> [rows]` (see `hf_earlyexit.policies`), or the plain values of an
                 `ExitAccuracy` (its `to_dict()`), which can be stored.
-            exit_threshold: A token leaves when its confidence is at least this. In [0, 1]; None: never.
+            exit_threshold: A token leaves when its confidence is at least this. In [0, 1]; None: never. 1 is not:
+                a saturated softmax has a confidence of exactly 1. At 0 every token leaves where it is first asked.
             exit_schedule: `"constant"`, `"calm"` (the paper's decay), `"calm_released"` (its code's), or
                 `{"name": ..., "tau": ...}`.
             exit_layer: With `"fixed"`, the layer that every token leaves after.
-            exit_layers: Of the model's exit points, those that are asked in this call; all if not given.
+            exit_layers: Of the model's exit points, those that are asked in this call, at least one; all if not given.
             exit_candidates: With `"softmax"`, `"max_prob"`, `"entropy"` and `"patience"`: only so many tokens are
                 scored after a token's first exit point, its likeliest ones there. It leaves only if the full
                 vocabulary head, asked where they are sure, says the same token.

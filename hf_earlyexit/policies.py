@@ -185,7 +185,8 @@ class ExitCriterion(Protocol):
     """How sure a token is, at one exit point. Any object with this method can be an `exit_criterion`."""
 
     def confidence(self, point: ExitPoint) -> torch.Tensor:
-        """`[rows]`, floating point, in [0, 1]. A token leaves when it is at least the threshold."""
+        """`[rows]`, floating point, in [0, 1]. A token leaves when it is at least the threshold. The point's scores
+        are those of the head, before any logits processor of the call."""
         ...
 
 
@@ -234,8 +235,8 @@ class Entropy:
 class StateSimilarity:
     """Cosine between this layer's output and the last one's (CALM, section 3.5, "hidden-state saturation").
 
-    0 at layer 1, which has no decoder layer below it, so the first layer that can be left is 2. Norms are per row;
-    CALM's released code takes them over the whole batch. Negative cosines count as 0.
+    0 at layer 1, which has no decoder layer below it, so with any threshold above 0 the first layer that can be left
+    is 2. Norms are per row; CALM's released code takes them over the whole batch. Negative cosines count as 0.
     """
 
     def confidence(self, point: ExitPoint) -> torch.Tensor:

@@ -29,7 +29,8 @@ class ExitSettings:
         early_exit: Whether tokens may leave early.
         exit_criterion: A name of `CRITERIA`, an object with `confidence(point)`, or the plain values of an
             `ExitAccuracy`, with which it can be stored.
-        exit_threshold: The confidence from which a token leaves, in [0, 1].
+        exit_threshold: The confidence from which a token leaves, in [0, 1]. 1 is not never: a token leaves at a
+            confidence of exactly 1, as of a saturated softmax. At 0 every token leaves where it is first asked.
         exit_schedule: A name of `SCHEDULES`, `{"name": ..., "tau": ...}`, or an object with
             `threshold_at(token, max_new_tokens)`, which then has the threshold in it.
         exit_layer: Where `"fixed"` leaves.
@@ -108,6 +109,11 @@ class ExitSettings:
             raise ValueError(f"`exit_layer` must be an integer from 1 on, got {self.exit_layer!r}.")
         if self.exit_layers is not None:
             check_exit_layers(self.exit_layers)
+            if not self.exit_layers:
+                raise ValueError(
+                    "`exit_layers=[]` names no exit point, so no token could leave: pass `early_exit=False` for full "
+                    "depth, or leave it out to ask at all exit points of the model."
+                )
         if self.exit_candidates is not None and not (is_integer(self.exit_candidates) and self.exit_candidates >= 2):
             raise ValueError(
                 f"`exit_candidates` must be an integer from 2 on, got {self.exit_candidates!r}. To score the whole "

@@ -307,8 +307,18 @@ def test_a_call_asks_some_of_the_exit_points(pair):
     stored = GenerationConfig.from_dict(passed.to_dict())
     by_config = model.generate(**tiny_inputs(4), generation_config=stored, return_dict_in_generate=True)
     assert by_config.head_rows.nonzero().flatten().tolist() == [2, 4, NUM_LAYERS]
-    nowhere = laws.generate(model, tiny_inputs(4), **SOFTMAX, exit_layers=[])
-    assert set(nowhere.layers_run.unique().tolist()) <= {0, NUM_LAYERS}
+
+
+def test_no_exit_point_is_refused(model, monkeypatch):
+    """By the call, by what is stored and by `warm_up`."""
+    monkeypatch.setattr(model.encoder, "forward", None)
+    with pytest.raises(ValueError, match=r"`exit_layers=\[\]` names no exit point.*`early_exit=False`"):
+        laws.generate(model, tiny_inputs(2), **SOFTMAX, exit_layers=[])
+    stored = GenerationConfig(**SOFTMAX, exit_layers=[])
+    with pytest.raises(ValueError, match=r"`exit_layers=\[\]`"):
+        model.generate(**tiny_inputs(2), generation_config=stored)
+    with pytest.raises(ValueError, match=r"`exit_layers=\[\]`"):
+        model.warm_up(exit_layers=())
 
 
 def test_stored_exit_layers_do_not_stand_in_the_way_of_another_criterion(pair):
