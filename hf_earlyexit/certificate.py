@@ -11,7 +11,7 @@ import hashlib
 import json
 import math
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from hf_earlyexit.accuracy_thresholds import ExitAccuracy
 from hf_earlyexit.data import Example, short_hash
+from hf_earlyexit.implementations import PLAIN
 from hf_earlyexit.policies import SCHEDULES
 from hf_earlyexit.settings import CERTIFICATE, ExitSettings
 
@@ -27,6 +28,8 @@ from hf_earlyexit.settings import CERTIFICATE, ExitSettings
 FILE = "exit_certificate.json"
 FORMAT = 1
 LONGEST_SHOWN = 200  # characters of a value in a message
+# What files of before these fields were known say by leaving them out: the least.
+LEFT_OUT = {"implementations", "agreement"}
 PACKAGES = ("transformers", "torch")
 # What in a generation config leaves the texts alone: what is returned, how the cache lies in memory, padding. Exit
 # settings are compared by themselves, and assistants are refused with early exit.
@@ -73,6 +76,10 @@ class Certificate:
         created: The day, as in 2026-01-31.
         report: The setting on inputs that nothing was chosen on: `n`, `mean`, `low`, `high`, `mean_layers`, `cost`.
         format: Of the file.
+        implementations: Ways to run the decoder that the promise holds for (see `implementations`): the one that was
+            measured, and those that were agreed with.
+        agreement: By way that was agreed with: `texts` compared on the calibrate part, those `different`, and the
+            `batch_size`. Losses in `table` are the largest over all ways, of the settings that passed with the first.
     """
 
     certified: bool
@@ -98,6 +105,8 @@ class Certificate:
     created: str
     report: dict[str, Any] | None = None
     format: int = FORMAT
+    implementations: list[str] = field(default_factory=lambda: [PLAIN])
+    agreement: dict[str, dict[str, int]] = field(default_factory=dict)
 
     @property
     def decoding(self) -> dict[str, Any]:
@@ -139,7 +148,7 @@ class Certificate:
         if found != FORMAT:
             raise ValueError(f"{path} has format {found!r}, known is {FORMAT}: install a newer hf_earlyexit.")
         names = {one.name for one in fields(cls)}
-        if set(values) != names:
+        if set(values) | LEFT_OUT != names:
             raise ValueError(f"{path} is no certificate: it differs in {sorted(set(values) ^ names)}.")
         return cls(**values)
 
@@ -182,6 +191,20 @@ class Certificate:
             for name in sorted({*found, *expected})
             if found.get(name) != expected.get(name)
         ]
+
+    def uncovered(self, implementation: str, source_tokens: int | None) -> list[str]:
+        """What of the way a call is run, and of its inputs, the promise was not shown for; as `differences`.
+
+        Args:
+            implementation: How the call runs the decoder.
+            source_tokens: Of its longest input; None if that is not known.
+        """
+        problems, cut = [], self.data["max_source_tokens"]
+        if implementation not in self.implementations:
+            problems.append(f"implementation={implementation!r} (certified: {self.implementations!r})")
+        if cut is not None and (source_tokens is None or source_tokens > cut):
+            problems.append(f"source tokens={source_tokens!r} (certified: at most {cut})")
+        return problems
 
 
 def _shown(value: Any) -> str:
@@ -253,7 +276,7 @@ def decoding_of(config: GenerationConfig) -> dict[str, Any]:
         if changes_texts(name) and value not in (None, usual.get(name)) and (config.do_sample or name not in SAMPLING)
     }
     if values.get("cache_implementation") == "static":
-        del values["cache_implementation"]  # changes rounding, as a prepared copy does; a quantised cache does more
+        del values["cache_implementation"]  # a way to run the decoder, which is held apart; a quantised cache is more
     if values.get("max_new_tokens") is not None:
         values.pop("max_length", None)  # which then does not count
     return {"max_length": config.max_length, **values} if "max_new_tokens" not in values else values

@@ -16,6 +16,7 @@ from transformers.utils import cached_file
 
 from hf_earlyexit.certificate import FILE, Certificate, CertificateWarning, call_conditions, changes_texts
 from hf_earlyexit.fingerprint import weights_fingerprint, weights_marks
+from hf_earlyexit.implementations import implementation_of
 from hf_earlyexit.settings import CERTIFICATE, ExitSettings
 
 
@@ -88,19 +89,28 @@ class CertifiedMixin:
             return ["the model has no certificate"]
         if not certificate.certified:
             return ["the certificate says that no setting but full depth keeps the target"]
-        problems = certificate.differences(self.conditions_of(settings, call))
+        config, cut = self._config_of(call), certificate.data["max_source_tokens"]
+        problems = certificate.differences(self.conditions_of(settings, call, config))
+        problems += certificate.uncovered(implementation_of(self, config), _source_tokens(call, cut))
         if not self._has_certified_weights(read=settings.strict_certificate):
             problems.append("the weights are not the certified ones")
         return problems
 
-    def conditions_of(self, settings: ExitSettings, call: dict[str, Any]) -> dict[str, Any]:
+    def _config_of(self, call: dict[str, Any]) -> GenerationConfig:
+        """The generation config of a call as the library prepares it."""
+        return super()._prepare_generation_config(call.get("generation_config"), **call.get("kwargs", {}))[0]
+
+    def conditions_of(
+        self, settings: ExitSettings, call: dict[str, Any], config: GenerationConfig | None = None
+    ) -> dict[str, Any]:
         """What of a call decides what it writes.
 
         Args:
             settings: Its exit settings.
             call: Arguments of `generate` by name, its keywords under `kwargs` and by themselves.
+            config: Its generation config, if it has been prepared.
         """
-        config, _ = super()._prepare_generation_config(call.get("generation_config"), **call.get("kwargs", {}))
+        config = self._config_of(call) if config is None else config
         points = settings.exit_points(self.early_exit, self.decoder_adapter.shape(self).num_layers)
         own = {name: _described(call[name]) for name in IN_NO_CONFIG if _is_given(call.get(name))}
         if torch.is_autocast_enabled(self.device.type):
@@ -198,8 +208,23 @@ def _described(value: Any) -> str:
     return f"a tensor of shape {list(value.shape)}" if isinstance(value, torch.Tensor) else repr(value)
 
 
-def _rows_of(call: dict[str, Any]) -> int | None:
-    """How many inputs a call of `generate` has."""
+def _inputs_of(call: dict[str, Any]) -> torch.Tensor | None:
+    """The inputs of a call of `generate`, `[rows, source, ...]`."""
     given = [call[name] for name in INPUTS if call.get(name) is not None]
     states = call.get("encoder_outputs")
-    return len(given[0]) if given else None if states is None else len(states[0])
+    return given[0] if given else None if states is None else states[0]
+
+
+def _rows_of(call: dict[str, Any]) -> int | None:
+    """How many inputs a call of `generate` has."""
+    inputs = _inputs_of(call)
+    return None if inputs is None else len(inputs)
+
+
+def _source_tokens(call: dict[str, Any], cut: int | None) -> int | None:
+    """Tokens of the longest input of a call, or more, if that is no more than `cut`: padding is counted only where
+    that matters, since to count it is to wait for the device."""
+    inputs, mask = _inputs_of(call), call.get("attention_mask")
+    if inputs is None or cut is None or inputs.shape[1] <= cut or mask is None:
+        return None if inputs is None else inputs.shape[1]
+    return int(mask.bool().sum(dim=-1).max())

@@ -88,6 +88,12 @@ def add_use_arguments(group) -> None:
     group.add_argument("--max-new-tokens", type=positive, metavar="N", help="tokens per text at most (the model's)")
     group.add_argument("--num-beams", type=positive, metavar="N", help="beams; 1 is greedy (the model's)")
     group.add_argument("--max-source-tokens", type=positive, metavar="N", help="longer inputs are cut (never)")
+    group.add_argument(
+        "--implementations",
+        nargs="+",
+        metavar="WAY",
+        help="plain, prepared, compiled: the first is measured, the others must agree (plain)",
+    )
 
 
 def add_search_arguments(group) -> None:
@@ -116,7 +122,8 @@ def calibrate(arguments: argparse.Namespace) -> int:
     from hf_earlyexit.search import PARTS, Search
 
     promise = Promise(arguments.target, arguments.loss, arguments.delta, arguments.method, arguments.bound)
-    use = Use(arguments.batch_size, exits_of(arguments), decoding_of(arguments), arguments.max_source_tokens)
+    cut, ways = arguments.max_source_tokens, arguments.implementations
+    use = Use(arguments.batch_size, exits_of(arguments), decoding_of(arguments), cut, ways)
     search = Search(
         curves_of(arguments.curve),
         arguments.order,

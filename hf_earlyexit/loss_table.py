@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import cycle, islice
@@ -23,7 +23,7 @@ from hf_earlyexit.losses import Loss
 from hf_earlyexit.promise import units_of
 from hf_earlyexit.stock import stock_generate
 from hf_earlyexit.timing import clock_of, one_thread, take_turns
-from hf_earlyexit.writing import Writer
+from hf_earlyexit.writing import Text, Writer
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,13 @@ class LossTable:
         columns = [self.names.index(candidate.name) for candidate in candidates]
         return LossTable(list(candidates), self.units, self.losses[:, columns], self.layers[columns])
 
+    def with_columns(self, others: Iterable[LossTable]) -> LossTable:
+        """This table with the losses that tables of some of its columns have."""
+        losses = self.losses.copy()
+        for other in others:
+            losses[:, [self.names.index(name) for name in other.names]] = other.losses
+        return LossTable(self.candidates, self.units, losses, self.layers)
+
     def of_curve(self, curve: str) -> LossTable:
         """The columns of a curve."""
         return self.of([candidate for candidate in self.candidates if candidate.curve == curve])
@@ -74,6 +81,7 @@ def record_losses(
     loss: Loss,
     part: str,
     rows_per_batch: int | None = None,
+    full: Sequence[Text] | None = None,
 ) -> LossTable:
     """Let full depth and every candidate write for all inputs, and compare.
 
@@ -84,6 +92,7 @@ def record_losses(
         loss: What is compared.
         part: The name of these inputs in the journal.
         rows_per_batch: As in `units_of`.
+        full: Full depth's texts, if another writer's are to be compared with.
 
     Raises:
         ValueError: There is no input, or no whole batch.
@@ -95,7 +104,7 @@ def record_losses(
         raise ValueError(f"The {part} part has too few inputs: at least {least} must be there.")
     place_of = {unit: place for place, unit in enumerate(dict.fromkeys(labels))}
     row_of, units = [place_of[label] for label in labels], list(place_of)
-    full = writer.write(examples, full_depth(), part).texts
+    full = writer.write(examples, full_depth(), part).texts if full is None else full
     losses, layers = np.zeros((len(units), len(candidates))), np.zeros(len(candidates))
     for column, candidate in enumerate(tqdm(candidates, desc=f"{part}: candidates", unit="candidate", leave=False)):
         early = writer.write(examples, candidate, part).texts

@@ -8,21 +8,22 @@ made, `loss_table.py`.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 from typing import Any
 
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+from hf_earlyexit.agreement import agree, with_worst, writers_on
 from hf_earlyexit.calibration import Calibration
 from hf_earlyexit.candidates import Candidate, full_depth
 from hf_earlyexit.certificate import Certificate, versions
 from hf_earlyexit.certified import uncertified
-from hf_earlyexit.config import is_integer
 from hf_earlyexit.data import Example, data_fingerprint, short_hash, split_by_unit
 from hf_earlyexit.extras import require
 from hf_earlyexit.fingerprint import tokenizer_fingerprint, weights_fingerprint
+from hf_earlyexit.implementations import PLAIN, PREPARED
 from hf_earlyexit.intervals import mean_interval
 from hf_earlyexit.journal import Journal
 from hf_earlyexit.loss_table import LossTable, record_losses, times_beside_stock
@@ -32,46 +33,12 @@ from hf_earlyexit.refusals import refuse_training_mode
 from hf_earlyexit.search import Search, curves_of, pareto_front
 from hf_earlyexit.settings import ExitSettings
 from hf_earlyexit.stock import stock_of
+from hf_earlyexit.use import Use
 from hf_earlyexit.writing import Writer
 
 
-SHARED = ("exit_schedule", "exit_candidates", "batch_exit", "fill")
 NONE_SAFE = "no setting was shown to keep the target"
 NONE_FASTER = "no setting that was shown to keep the target costs less than full depth"
-
-
-@dataclass(frozen=True)
-class Use:
-    """How the model will be used, all of which a promise is about.
-
-    Attributes:
-        batch_size: Inputs at once. Where rows wait for each other (`batch_exit` other than `"row"`) the unit is a
-            batch of exactly that many, whose loss is the mean of its rows'. Elsewhere it matters for time only.
-        exits: Exit settings of every candidate: `exit_schedule`, `batch_exit`, `fill`; and `exit_candidates`, of those
-            whose criterion looks at the vocabulary.
-        generation: Keywords of `generate` besides the exits, over the model's generation_config. No sampling.
-        max_source_tokens: Longer inputs are cut; None: never.
-    """
-
-    batch_size: int = 1
-    exits: Mapping[str, Any] = field(default_factory=dict)
-    generation: Mapping[str, Any] = field(default_factory=dict)
-    max_source_tokens: int | None = None
-
-    def __post_init__(self):
-        for name in ("batch_size", "max_source_tokens"):
-            value = getattr(self, name)
-            if value is not None and (not is_integer(value) or value < 1):
-                raise ValueError(f"`{name}` must be a whole number of at least 1, got {value!r}.")
-        if unknown := sorted(set(self.exits) - set(SHARED)):
-            raise ValueError(
-                f"`exits` may have {list(SHARED)}, got {unknown[0]!r}: name criteria as curves of a search."
-            )
-
-    @property
-    def rows_per_batch(self) -> int | None:
-        """Rows that wait for each other."""
-        return self.batch_size if self.exits.get("batch_exit", "row") != "row" and self.batch_size > 1 else None
 
 
 @dataclass(frozen=True)
@@ -138,15 +105,21 @@ class _Calibrator:
         self.conditions = self._check_use(self.candidates[0])
         self._check_parts()
         promise.check(self.parts, self._units("calibrate"), self.finalists)
+        measured = PREPARED if self.model.has_fresh_copy() else PLAIN
+        self.implementations = list(use.implementations or [measured])
         self.journal = Journal(path, self._asked(examples))
-        self.writer = Writer(
+        like = Writer(
             self.model,
             tokenizer,
-            batch_size=use.rows_per_batch or search.writing_batch_size,
             generation=dict(use.generation),
             max_source_tokens=use.max_source_tokens,
             journal=self.journal,
         )
+        measured, *others = self.implementations
+        size = use.rows_per_batch or search.writing_batch_size
+        self.writer = writers_on(self.model, [measured], size, like)[measured]
+        self.others = writers_on(self.model, others, use.rows_per_batch or use.batch_size, like)
+        self.agreement: dict[str, dict[str, int]] = {}
 
     def run(self, data_name: str) -> ModelCalibration:
         """All stages."""
@@ -155,6 +128,8 @@ class _Calibrator:
         chains = self._chains(tables["select"], costs)
         tables["calibrate"] = self._table("calibrate", [one for chain in chains for one in chain])
         tested = [self._test(tables["calibrate"].of(chain), costs) for chain in chains]
+        tables["calibrate"] = tables["calibrate"].with_columns(table for table, _ in tested)
+        tested = [result for _, result in tested]
         chosen, reason = self._choose(chains, tested, costs)
         if chosen is not None and self.parts["report"]:
             tables["report"] = self._table("report", [chosen])
@@ -207,6 +182,8 @@ class _Calibrator:
         """What everything in the journal depends on."""
         shared = {name: value for name, value in self.conditions.items() if not name.startswith("exit_")}
         criteria = {"criteria": dict(self.search.criteria)} if self.search.criteria else {}
+        if self.implementations[0] != PLAIN:
+            criteria["implementation"] = self.implementations[0]
         return criteria | {
             "built in": self.model.early_exit.to_dict(),
             "tokenizer": tokenizer_fingerprint(self.tokenizer),
@@ -255,8 +232,21 @@ class _Calibrator:
         good = table.names[: above.index(True)] if True in above else table.names
         return min((costs[name] for name in good), default=float("inf"))
 
-    def _test(self, table: LossTable, costs: Mapping[str, float]) -> Calibration:
-        return self.promise.calibrate(table.losses, [costs[name] for name in table.names], self.finalists)
+    def _test(self, table: LossTable, costs: Mapping[str, float]) -> tuple[LossTable, Calibration]:
+        """A chain's losses and what they show: where settings pass, over all ways to run the decoder."""
+        asked = ([costs[name] for name in table.names], self.finalists)
+        result = self.promise.calibrate(table.losses, *asked)
+        if not self.others or not result.accepted:
+            return table, result
+        passing, rows = table.of(table.candidates[: result.accepted]), self.use.rows_per_batch
+        inputs, loss = self.parts["calibrate"], self.promise.loss
+        found = agree(passing, self.writer, self.others, inputs, loss, "calibrate", rows)
+        for name, counts in found.counts.items():
+            known = self.agreement.setdefault(name, dict.fromkeys(counts, 0) | {"batch_size": counts["batch_size"]})
+            for count in ("texts", "different"):
+                known[count] += counts[count]
+        table = with_worst(table, found)
+        return table, self.promise.calibrate(table.losses, *asked)
 
     def _choose(
         self, chains: Sequence[Sequence[Candidate]], tested: Sequence[Calibration], costs: Mapping[str, float]
@@ -323,6 +313,8 @@ class _Calibrator:
             versions=versions(),
             created=date.today().isoformat(),
             report=report,
+            implementations=self.implementations,
+            agreement=self.agreement,
         )
 
     def _examples(self) -> list[Example]:

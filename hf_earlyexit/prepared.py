@@ -82,6 +82,11 @@ class PreparedMixin:
         """Whether there is a copy that `generate` would use."""
         return self._prepared_copy is not None
 
+    def has_fresh_copy(self) -> bool:
+        """Whether there is a copy of the model as it is, so that `generate` will use it."""
+        copy = self._prepared_copy
+        return copy is not None and self._changed_since(copy) is None
+
     def _new_decoder(
         self,
         copy: PreparedCopy | None,

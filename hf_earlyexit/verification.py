@@ -16,6 +16,7 @@ from hf_earlyexit.certificate import Certificate, versions
 from hf_earlyexit.certified import certified_config, uncertified
 from hf_earlyexit.data import Example, data_fingerprint, split_by_unit
 from hf_earlyexit.fingerprint import weights_fingerprint
+from hf_earlyexit.implementations import implementation_of
 from hf_earlyexit.intervals import mean_interval
 from hf_earlyexit.journal import Journal
 from hf_earlyexit.loss_table import record_losses
@@ -157,4 +158,6 @@ def _differences(bare: EarlyExitT5ForConditionalGeneration, certificate: Certifi
     settings = ExitSettings.merge(certificate.setting, None, None)
     rows = {"batch_size": certificate.generation["batch_size"]}
     found = certificate.differences(bare.conditions_of(settings, {}) | rows) if certificate.certified else []
+    if certificate.certified:  # inputs are cut as they were
+        found += certificate.uncovered(implementation_of(bare, bare.generation_config), 0)
     return found + (["weights"] if weights != certificate.weights else [])

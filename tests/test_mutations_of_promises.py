@@ -9,8 +9,17 @@ import functools
 
 import pytest
 
-from hf_earlyexit import EarlyExitT5ForConditionalGeneration, certified, fingerprint, prepared, t5_structure
-from tests import test_changed_modules, test_changed_weights
+from hf_earlyexit import (
+    EarlyExitT5ForConditionalGeneration,
+    certified,
+    fingerprint,
+    model_calibration,
+    prepared,
+    t5_structure,
+)
+from hf_earlyexit.certificate import Certificate
+from hf_earlyexit.default import default_examples, load_default
+from tests import test_certified_use, test_changed_modules, test_changed_weights
 from tests.test_mutations import swapped
 
 
@@ -30,6 +39,17 @@ same_numbers = functools.partial(
 same_settings = functools.partial(
     test_changed_modules.a_copy_goes_with_what_it_was_made_of, test_changed_modules.flip_the_scale
 )
+
+
+measured_ways = test_certified_use.a_prepared_call_is_not_covered_by_a_plain_measurement
+measured_lengths = test_certified_use.longer_sources_are_not_covered
+measured_batches = test_certified_use.rows_that_wait_are_covered_at_their_number_alone
+
+
+def disagreements():
+    with pytest.MonkeyPatch.context() as patch:
+        test_certified_use.go_wrong(patch)
+        test_certified_use.disagreements_count(load_default(), default_examples()[:60])
 
 
 def does_not_count_steps(monkeypatch):
@@ -53,6 +73,37 @@ def looks_at_kinds_of_modules_alone(part):
     return lambda module: type(module)
 
 
+@swapped(certified, "implementation_of")
+def takes_all_ways_for_rounding(implementation_of):
+    return lambda model, config: "plain"
+
+
+@swapped(Certificate, "uncovered")
+def cannot_see_lengths(uncovered):
+    return lambda self, implementation, source_tokens: uncovered(self, implementation, 0)
+
+
+@swapped(certified, "_rows_of")
+def takes_any_number_of_rows_for_the_certified_one(rows_of):
+    return lambda call: 2
+
+
+@swapped(model_calibration, "with_worst")
+def lets_disagreements_pass(with_worst):
+    return lambda table, agreement: table
+
+
+@swapped(model_calibration, "agree")
+def holds_each_way_against_itself_alone(agree):
+    """A way that goes wrong at full depth as well is then excused."""
+
+    def mutant(table, writer, others, *call):
+        other = next(iter(others.values()))
+        return agree(table, other, others, *call)
+
+    return mutant
+
+
 MUTATIONS = [
     (does_not_count_steps, fresh_copy),
     (does_not_count_steps, strict),
@@ -61,6 +112,11 @@ MUTATIONS = [
     (looks_at_hooks_alone, same_settings),
     (looks_at_kinds_of_modules_alone, same_forwards),
     (looks_at_kinds_of_modules_alone, same_numbers),
+    (takes_all_ways_for_rounding, measured_ways),
+    (cannot_see_lengths, measured_lengths),
+    (takes_any_number_of_rows_for_the_certified_one, measured_batches),
+    (lets_disagreements_pass, disagreements),
+    (holds_each_way_against_itself_alone, disagreements),
 ]
 
 

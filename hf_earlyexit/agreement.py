@@ -1,0 +1,191 @@
+"""Answers for what a setting loses with every way to run the decoder that a promise is to hold for.
+
+A promise is tested on the largest loss of an input over these ways, so that it holds for each of them. Only settings
+that pass with the way that was measured are run with the others: the rest fails already.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from hf_earlyexit.candidates import Candidate, curve_candidates, full_depth
+from hf_earlyexit.certificate import Certificate
+from hf_earlyexit.certified import certified_config, uncertified
+from hf_earlyexit.data import Example, short_hash
+from hf_earlyexit.fingerprint import weights_fingerprint
+from hf_earlyexit.implementations import check_implementations, on_implementation
+from hf_earlyexit.journal import Journal
+from hf_earlyexit.loss_table import LossTable, record_losses
+from hf_earlyexit.losses import Loss
+from hf_earlyexit.models import EarlyExitT5ForConditionalGeneration
+from hf_earlyexit.promise import Promise
+from hf_earlyexit.writing import Writer
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """Settings with several ways to run the decoder.
+
+    Attributes:
+        losses: The largest of each unit and setting.
+        counts: By way: `texts` that were compared, how many are `different` from those of the way that was measured,
+            at which `batch_size`.
+    """
+
+    losses: LossTable
+    counts: dict[str, dict[str, int]]
+
+
+def agree(
+    table: LossTable,
+    writer: Writer,
+    others: Mapping[str, Writer],
+    examples: Sequence[Example],
+    loss: Loss,
+    part: str,
+    rows_per_batch: int | None = None,
+) -> Agreement:
+    """Let the settings of a table write with other ways to run the decoder, too.
+
+    Args:
+        table: Losses with the way that was measured, whose texts `writer` has.
+        others: Writers of the other ways, by name. What a way loses is held against full depth as it was measured and
+            against its own, and the larger one counts: a way that goes wrong at full depth, too, is noticed.
+        examples, loss, part, rows_per_batch: As for `record_losses`.
+    """
+    worst, counts = table.losses, {}
+    whole = examples[: len(examples) // (rows_per_batch or 1) * (rows_per_batch or 1)]
+    full = writer.write(whole, full_depth(), part).texts
+    for name, other in others.items():
+        own_part = f"{part}, {name}"
+        asked = (other, examples, table.candidates, loss, own_part, rows_per_batch)
+        for losses in (record_losses(*asked).losses, record_losses(*asked, full).losses):
+            worst = np.maximum(worst, losses)
+        pairs = [
+            (one.tokens, another.tokens)
+            for candidate in table.candidates
+            for one, another in zip(
+                writer.write(whole, candidate, part).texts, other.write(whole, candidate, own_part).texts
+            )
+        ]
+        different = sum(one != another for one, another in pairs)
+        counts[name] = {"texts": len(pairs), "different": different, "batch_size": other.batch_size}
+    return Agreement(replace(table, losses=worst), counts)
+
+
+def writers_on(
+    model: EarlyExitT5ForConditionalGeneration, names: Sequence[str], batch_size: int, like: Writer
+) -> dict[str, Writer]:
+    """A writer for each of these ways to run the decoder, in all else like another one."""
+    found = {}
+    for name in names:
+        model, keywords = on_implementation(model, name)
+        found[name] = Writer(
+            model,
+            like.tokenizer,
+            batch_size=batch_size,
+            generation={**like.generation, **keywords},
+            max_source_tokens=like.max_source_tokens,
+            journal=like.journal,
+        )
+    return found
+
+
+def with_worst(table: LossTable, agreement: Agreement) -> LossTable:
+    """A table whose first columns are those of the agreement."""
+    losses = table.losses.copy()
+    losses[:, : agreement.losses.losses.shape[1]] = agreement.losses.losses
+    return replace(table, losses=losses)
+
+
+def add_implementations(
+    certificate: Certificate,
+    model: EarlyExitT5ForConditionalGeneration,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Example],
+    loss: Loss,
+    names: Sequence[str],
+    *,
+    batch_size: int = 1,
+    writing_batch_size: int = 16,
+) -> Certificate:
+    """A certificate that holds for more ways to run the decoder.
+
+    Its accepted settings are tested anew, on the same inputs, by the largest loss over all ways. The result takes the
+    place of the certificate. To add ways until one fails, and then to go on with those before, would be another test
+    on the same inputs.
+
+    Args:
+        examples: Those of the calibration, in any order.
+        loss: The certificate's, as an object.
+        names: Ways that are added; those it has are measured again.
+        batch_size: Of the calls to come; of the added ways.
+        writing_batch_size: That the first way was measured with.
+
+    Raises:
+        ValueError: The model, the loss or the inputs are not the certificate's, it is of batches, or its setting does
+            not keep the target with all ways.
+    """
+    check_implementations([*certificate.implementations, *names])
+    by_hash = {short_hash(one): one for one in examples}
+    known = certificate.split["hashes"]["calibrate"]
+    _check(certificate, model, loss, set(known) <= set(by_hash))
+    own, bare = [by_hash[one] for one in known], uncertified(model)
+    bare.generation_config = certified_config(bare.generation_config, certificate)
+    first, *others = [*certificate.implementations, *names]
+    like = Writer(bare, tokenizer, max_source_tokens=certificate.data["max_source_tokens"], journal=Journal(None, {}))
+    writer = writers_on(bare, [first], writing_batch_size, like)[first]
+    accepted = [row for row in certificate.table if row["accepted"]]
+    table = record_losses(writer, own, _candidates(certificate, accepted), loss, "calibrate")
+    found = agree(table, writer, writers_on(bare, others, batch_size, like), own, loss, "calibrate")
+    promise = Promise(
+        certificate.target, loss, certificate.delta or 0.1, certificate.method, certificate.bound or "wsr"
+    )
+    result = promise.calibrate(found.losses.losses, [row["cost"] for row in accepted], certificate.search["curves"])
+    p_values = result.p_values or [None] * len(accepted)
+    measured = {
+        row["name"]: {"mean": mean, "upper_bound": bound, "p_value": p, "accepted": place < result.accepted}
+        for place, (row, mean, bound, p) in enumerate(zip(accepted, result.means, result.upper_bounds, p_values))
+    }
+    if not measured[certificate.name]["accepted"]:
+        raise ValueError(
+            f"{certificate.name} is not shown to keep the target with {[first, *others]}: calibrate anew."
+        )
+    rows = [row | measured.get(row["name"], {}) for row in certificate.table]
+    risk = {name: value for name, value in measured[certificate.name].items() if name != "accepted"}
+    return replace(
+        certificate,
+        table=rows,
+        risk={**certificate.risk, **risk},
+        implementations=[first, *others],
+        agreement=found.counts,
+    )
+
+
+def _check(certificate: Certificate, model, loss: Loss, has_inputs: bool) -> None:
+    if not certificate.certified or certificate.generation["batch_size"] is not None or certificate.unit != "input":
+        raise ValueError("Implementations can be added to certificates of single inputs only: calibrate with them.")
+    if weights_fingerprint(model) != certificate.weights:
+        raise ValueError("The weights are not the certified ones.")
+    if loss.name != certificate.loss["name"]:
+        raise ValueError(f"`loss` is {loss.name!r}, the certificate is about {certificate.loss['name']!r}: pass that.")
+    if not has_inputs:
+        raise ValueError("`examples` lacks inputs of the certificate's calibrate part: pass those of the calibration.")
+
+
+def _candidates(certificate: Certificate, rows: Sequence[dict[str, Any]]) -> list[Candidate]:
+    """The settings of these rows of the certificate."""
+    own = ("exit_criterion", "exit_threshold", "exit_layers")
+    shared = {name: value for name, value in certificate.setting.items() if name not in own}
+    criterion = certificate.setting["exit_criterion"]
+    found = []
+    for row in rows:
+        named = row["curve"].partition(":")[0]
+        criteria = {named: criterion} if isinstance(criterion, dict) else {}
+        found += curve_candidates(row["curve"], [row["threshold"]], criteria, **shared)
+    return found
