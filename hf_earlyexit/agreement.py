@@ -8,15 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from hf_earlyexit.candidates import Candidate, curve_candidates, full_depth
-from hf_earlyexit.certificate import Certificate
+from hf_earlyexit.certificate import Certificate, versions
 from hf_earlyexit.certified import certified_config, uncertified
-from hf_earlyexit.data import Example, short_hash
+from hf_earlyexit.data import Example, data_fingerprint, short_hash
 from hf_earlyexit.fingerprint import weights_fingerprint
 from hf_earlyexit.implementations import check_implementations, on_implementation
 from hf_earlyexit.journal import Journal
@@ -113,6 +114,7 @@ def add_implementations(
     *,
     batch_size: int = 1,
     writing_batch_size: int = 16,
+    path: str | Path | None = None,
 ) -> Certificate:
     """A certificate that holds for more ways to run the decoder.
 
@@ -126,45 +128,63 @@ def add_implementations(
         names: Ways that are added; those it has are measured again.
         batch_size: Of the calls to come; of the added ways.
         writing_batch_size: That the first way was measured with.
+        path: A journal: a run that was cut off goes on from it, and certificates of the same inputs can share it.
 
     Raises:
         ValueError: The model, the loss or the inputs are not the certificate's, it is of batches, or its setting does
             not keep the target with all ways.
     """
-    check_implementations([*certificate.implementations, *names])
+    ways = [*certificate.implementations, *names]
+    check_implementations(ways)
     by_hash = {short_hash(one): one for one in examples}
     known = certificate.split["hashes"]["calibrate"]
     _check(certificate, model, loss, set(known) <= set(by_hash))
     own, bare = [by_hash[one] for one in known], uncertified(model)
     bare.generation_config = certified_config(bare.generation_config, certificate)
-    first, *others = [*certificate.implementations, *names]
-    like = Writer(bare, tokenizer, max_source_tokens=certificate.data["max_source_tokens"], journal=Journal(None, {}))
-    writer = writers_on(bare, [first], writing_batch_size, like)[first]
-    accepted = [row for row in certificate.table if row["accepted"]]
-    table = record_losses(writer, own, _candidates(certificate, accepted), loss, "calibrate")
-    found = agree(table, writer, writers_on(bare, others, batch_size, like), own, loss, "calibrate")
-    promise = Promise(
-        certificate.target, loss, certificate.delta or 0.1, certificate.method, certificate.bound or "wsr"
-    )
-    result = promise.calibrate(found.losses.losses, [row["cost"] for row in accepted], certificate.search["curves"])
-    p_values = result.p_values or [None] * len(accepted)
+    cut = certificate.data["max_source_tokens"]
+    like = Writer(bare, tokenizer, max_source_tokens=cut, journal=Journal(path, _asked(certificate, own)))
+    writer = writers_on(bare, ways[:1], writing_batch_size, like)[ways[0]]
+    others = writers_on(bare, ways[1:], batch_size, like)
+    table = record_losses(writer, own, _candidates(certificate, _passing(certificate)), loss, "calibrate")
+    found = agree(table, writer, others, own, loss, "calibrate")
+    return _tested_anew(certificate, found, loss, ways)
+
+
+def _tested_anew(certificate: Certificate, found: Agreement, loss: Loss, ways: list[str]) -> Certificate:
+    """The certificate with what the largest losses of its passing settings show."""
+    method, bound = certificate.method, certificate.bound or "wsr"
+    promise = Promise(certificate.target, loss, certificate.delta or 0.1, method, bound)
+    passing = _passing(certificate)
+    result = promise.calibrate(found.losses.losses, [row["cost"] for row in passing], certificate.search["curves"])
+    p_values = result.p_values or [None] * len(passing)
     measured = {
         row["name"]: {"mean": mean, "upper_bound": bound, "p_value": p, "accepted": place < result.accepted}
-        for place, (row, mean, bound, p) in enumerate(zip(accepted, result.means, result.upper_bounds, p_values))
+        for place, (row, mean, bound, p) in enumerate(zip(passing, result.means, result.upper_bounds, p_values))
     }
     if not measured[certificate.name]["accepted"]:
-        raise ValueError(
-            f"{certificate.name} is not shown to keep the target with {[first, *others]}: calibrate anew."
-        )
-    rows = [row | measured.get(row["name"], {}) for row in certificate.table]
+        raise ValueError(f"{certificate.name} is not shown to keep the target with all of {ways}: calibrate anew.")
+    rows = [row | measured.get(row["name"], {"accepted": False}) for row in certificate.table]
     risk = {name: value for name, value in measured[certificate.name].items() if name != "accepted"}
-    return replace(
-        certificate,
-        table=rows,
-        risk={**certificate.risk, **risk},
-        implementations=[first, *others],
-        agreement=found.counts,
-    )
+    risk, counts = {**certificate.risk, **risk}, found.counts
+    return replace(certificate, table=rows, risk=risk, implementations=ways, agreement=counts)
+
+
+def _passing(certificate: Certificate) -> list[dict[str, Any]]:
+    """The rows of the settings that passed in the chain of the certified one."""
+    own = next(row["curve"] for row in certificate.table if row["name"] == certificate.name)
+    one_chain = certificate.search["order"] == "pareto"
+    return [row for row in certificate.table if row["accepted"] and (one_chain or row["curve"] == own)]
+
+
+def _asked(certificate: Certificate, inputs: Sequence[Example]) -> dict[str, Any]:
+    """What everything in the journal depends on."""
+    return {
+        "weights": certificate.weights,
+        "inputs": data_fingerprint(inputs),
+        "decoding": certificate.decoding,
+        "max_source_tokens": certificate.data["max_source_tokens"],
+        "versions": versions(),
+    }
 
 
 def _check(certificate: Certificate, model, loss: Loss, has_inputs: bool) -> None:

@@ -118,9 +118,14 @@ def generate(arguments: argparse.Namespace) -> int:
 
 
 def can_be_prepared(model) -> bool:
-    """Whether a copy of the weights would be faster, and is possible."""
+    """Whether a copy of the weights would be faster, is possible, and covered by the certificate if there is one."""
     import torch
 
+    from hf_earlyexit.implementations import PREPARED
+
+    certificate = model.exit_certificate
+    if certificate is not None and certificate.certified and PREPARED not in certificate.implementations:
+        return False
     is_quantised = getattr(model, "hf_quantizer", None) is not None
     return model.device.type == "cpu" and model.dtype != torch.float16 and not is_quantised
 

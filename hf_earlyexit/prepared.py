@@ -138,7 +138,8 @@ class PreparedMixin:
         if copy.marks.steps != marks.steps:
             if not same_sums(copy.sums, weights_sums(self)):
                 return "Weights have changed"
-            self._prepared_copy = copy._replace(marks=marks)  # other models' steps
+            if self._prepared_copy is copy:  # not dropped meanwhile by another thread
+                self._prepared_copy = copy._replace(marks=marks)  # the steps were another model's
         try:
             self.refuse_hooks(self)
         except ValueError:

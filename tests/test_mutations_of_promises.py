@@ -49,7 +49,7 @@ measured_batches = test_certified_use.rows_that_wait_are_covered_at_their_number
 def disagreements():
     with pytest.MonkeyPatch.context() as patch:
         test_certified_use.go_wrong(patch)
-        test_certified_use.disagreements_count(load_default(), default_examples()[:60])
+        test_certified_use.disagreements_count(load_default(), default_examples()[: test_certified_use.INPUTS])
 
 
 def does_not_count_steps(monkeypatch):
