@@ -148,8 +148,8 @@ class Certificate:
         if found != FORMAT:
             raise ValueError(f"{path} has format {found!r}, known is {FORMAT}: install a newer hf_earlyexit.")
         names = {one.name for one in fields(cls)}
-        if set(values) | LEFT_OUT != names:
-            raise ValueError(f"{path} is no certificate: it differs in {sorted(set(values) ^ names)}.")
+        if different := (set(values) ^ names) - LEFT_OUT:
+            raise ValueError(f"{path} is no certificate: it differs in {sorted(different)}.")
         return cls(**values)
 
     def in_words(self) -> str:
