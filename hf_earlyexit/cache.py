@@ -347,6 +347,18 @@ class EarlyExitCache(Cache):
     def is_sliding(self) -> list[bool]:
         return [False] * self.num_layers
 
+    @property
+    def is_linear(self) -> list[bool]:
+        return [False] * self.num_layers
+
+    @property
+    def is_dummy(self) -> list[bool]:
+        return [False] * self.num_layers
+
+    @property
+    def batch_size(self) -> int:
+        return self.num_rows
+
     def activate_past_recording(self) -> None:
         """Nothing to do: any position can be cropped."""
 

@@ -21,6 +21,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from hf_earlyexit.accuracy_thresholds import ExitAccuracy
 from hf_earlyexit.data import Example, short_hash
 from hf_earlyexit.implementations import PLAIN
+from hf_earlyexit.library import usual_generation_values
 from hf_earlyexit.policies import SCHEDULES
 from hf_earlyexit.settings import CERTIFICATE, ExitSettings
 
@@ -269,7 +270,7 @@ def _spelled_out(schedule: Any) -> Any:
 
 def decoding_of(config: GenerationConfig) -> dict[str, Any]:
     """What a prepared generation config sets that changes texts and is not as everywhere."""
-    usual = config._get_default_generation_params()
+    usual = usual_generation_values(config)
     values = {
         name: value
         for name, value in config.to_dict().items()

@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 from transformers import GenerationConfig
-from transformers.utils import cached_file
 
 from hf_earlyexit.certificate import FILE, Certificate, CertificateWarning, call_conditions, changes_texts
 from hf_earlyexit.fingerprint import weights_fingerprint, weights_marks
 from hf_earlyexit.implementations import implementation_of
+from hf_earlyexit.library import file_if_there
 from hf_earlyexit.settings import CERTIFICATE, ExitSettings
 
 
@@ -179,7 +179,7 @@ class CertifiedMixin:
         if name is None:
             return
         options = {key: hub[key] for key in HUB_ARGUMENTS if key in hub}
-        file = cached_file(path, name, _raise_exceptions_for_missing_entries=False, **options)
+        file = file_if_there(path, name, **options)
         if file is None:
             message = f"The generation_config of {str(path)!r} names a certificate, {name}, which is not there."
             warnings.warn(message, CertificateWarning, stacklevel=4)

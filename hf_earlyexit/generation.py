@@ -33,6 +33,7 @@ from hf_earlyexit.certified import CertifiedMixin
 from hf_earlyexit.compiling import CompileOptions, static_capacity
 from hf_earlyexit.layers import stretches
 from hf_earlyexit.lean import generate_tokens
+from hf_earlyexit.library import CACHE, OutputCache, with_cache_name
 from hf_earlyexit.policies import ExitCriterion
 from hf_earlyexit.prepared import PreparedMixin
 from hf_earlyexit.refusals import around_the_hooks, not_supported, refuse
@@ -45,7 +46,7 @@ _NOT_GIVEN: Any = object()
 
 
 @dataclass
-class EarlyExitGenerateOutput(GenerateEncoderDecoderOutput):
+class EarlyExitGenerateOutput(OutputCache, GenerateEncoderDecoderOutput):
     """What `generate` returns, with where the tokens left and the work that ran. T = new tokens of `sequences`.
 
     Attributes:
@@ -74,7 +75,7 @@ class EarlyExitGenerateOutput(GenerateEncoderDecoderOutput):
 
 
 @dataclass
-class EarlyExitGenerateBeamOutput(GenerateBeamEncoderDecoderOutput):
+class EarlyExitGenerateBeamOutput(OutputCache, GenerateBeamEncoderDecoderOutput):
     """`EarlyExitGenerateOutput` of beams: what is said of tokens follows the winning hypotheses."""
 
     layers_run: torch.LongTensor | None = None
@@ -135,7 +136,8 @@ class EarlyExitGenerationMixin(CertifiedMixin, PreparedMixin):
             strict_certificate: True: what the model's certificate does not cover is refused. Else it warns, once.
             record_exits: True: what every exit says of every token, and whether full depth agreed, is in the output.
                 With `exit_threshold=None` exits are asked and nobody leaves. Each exit then meets the vocabulary head.
-            args, kwargs: As for the library's `generate`.
+            args, kwargs: As for the library's `generate`. A cache can be given as `cache` and as `past_key_values`,
+                whichever name the installed library uses.
 
         Returns:
             As the library; with `return_dict_in_generate=True` an `EarlyExitGenerateOutput`.
@@ -159,6 +161,7 @@ class EarlyExitGenerationMixin(CertifiedMixin, PreparedMixin):
         given = {name: value for name, value in given.items() if value is not None}
         if exit_threshold is not _NOT_GIVEN:
             given["exit_threshold"] = exit_threshold
+        kwargs = with_cache_name(kwargs)
         call = inspect.signature(GenerationMixin.generate).bind(self, *args, **kwargs).arguments
         call = {**call, **call.get("kwargs", {})}
         settings = ExitSettings.merge(given, call.get("generation_config"), self.generation_config)
@@ -275,9 +278,9 @@ class EarlyExitGenerationMixin(CertifiedMixin, PreparedMixin):
         capacity = static_capacity(max_length) if is_static else min(max_length, 128)
         compiling = generation_config._exit_compiling
         room = 1 if self._records_graphs(compiling) else capacity  # graphs bring their own arena
-        cache = self._cache_for(model_kwargs.get("past_key_values"), states, room, self._fill(settings, compiling))
+        cache = self._cache_for(model_kwargs.get(CACHE), states, room, self._fill(settings, compiling))
         cache.attach_encoder(states, rows_per_prompt=max(1, len(states) // batch_size))
-        model_kwargs["past_key_values"] = cache
+        model_kwargs[CACHE] = cache
         masks = (model_kwargs.get("attention_mask"), model_kwargs.get("decoder_attention_mask"))
         decoder = self._new_decoder(generation_config._exit_copy, cache, masks, compiling, capacity)
         model_kwargs["exit_decoder"] = decoder
@@ -333,9 +336,9 @@ class EarlyExitGenerationMixin(CertifiedMixin, PreparedMixin):
                 refuse(["weights that are spread over ranks, which would leave at different layers: gather them"])
             output = super()._sample(*call, synced_gpus=True, streamer=streamer, **model_kwargs)
             return _with_exits(output, run)
-        decoder, cache = model_kwargs["exit_decoder"], model_kwargs["past_key_values"]
         # The token loop itself tells the run which rows have ended.
         call = (input_ids, logits_processor, StoppingCriteriaList(stopping_criteria), generation_config)
+        decoder, cache = model_kwargs["exit_decoder"], model_kwargs[CACHE]
         return _with_exits(generate_tokens(*call, decoder, cache, run, streamer), run)
 
     def _beam_search(self, *args, **kwargs):
@@ -362,9 +365,9 @@ class EarlyExitGenerationMixin(CertifiedMixin, PreparedMixin):
     def _give_deep_decoder_a_cache(self, generation_config: GenerationConfig, model_kwargs: dict[str, Any]) -> None:
         """A stock cache where the library would size one by the encoder and run out of layers."""
         sized_by_encoder = self.config.num_decoder_layers > self.config.num_layers
-        own = model_kwargs.get("past_key_values") is not None or generation_config.cache_implementation is not None
+        own = model_kwargs.get(CACHE) is not None or generation_config.cache_implementation is not None
         if sized_by_encoder and not own and generation_config.use_cache is not False:
-            model_kwargs["past_key_values"] = EncoderDecoderCache(DynamicCache(), DynamicCache())
+            model_kwargs[CACHE] = EncoderDecoderCache(DynamicCache(), DynamicCache())
 
     def _cache_for(self, own: EarlyExitCache | None, states: torch.Tensor, capacity: int, fill: str) -> EarlyExitCache:
         """A cache for a batch with these encoder states: the user's own if it fits, else a new one.
@@ -378,18 +381,16 @@ class EarlyExitGenerationMixin(CertifiedMixin, PreparedMixin):
         if own is None:
             return EarlyExitCache(*shape, capacity=max(1, capacity), **options)
         if own.get_seq_length() > 0:
-            raise ValueError("`past_key_values` holds another text: call its `reset()`, or leave it out.")
+            raise ValueError(f"`{CACHE}` holds another text: call its `reset()`, or leave it out.")
         found = (own.num_layers, own.num_rows, own.num_heads, own.head_dim)
         if found != shape:
             raise ValueError(
-                "`past_key_values` was made for (layers, rows, heads, head width) = "
+                f"`{CACHE}` was made for (layers, rows, heads, head width) = "
                 f"{found}, this call needs {shape}: leave it out."
             )
         for name, value in options.items():
             if getattr(own, name) != value:
-                raise ValueError(
-                    f"`past_key_values` was made with {name}={getattr(own, name)!r}, this call needs {value!r}."
-                )
+                raise ValueError(f"`{CACHE}` was made with {name}={getattr(own, name)!r}, this call needs {value!r}.")
         return own
 
 

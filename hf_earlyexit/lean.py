@@ -15,6 +15,7 @@ from transformers.generation import GenerateEncoderDecoderOutput
 
 from hf_earlyexit.cache import EarlyExitCache
 from hf_earlyexit.layers import Decoder, decode_step
+from hf_earlyexit.library import CACHE, pad_token
 from hf_earlyexit.run import ExitRun
 from hf_earlyexit.transfer import to_host
 
@@ -42,7 +43,7 @@ def generate_tokens(
     scores = () if wanted and generation_config.output_scores else None
     logits = () if wanted and generation_config.output_logits else None
     rests_ended = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
-    padding = generation_config._pad_token_tensor.to(input_ids.device) if rests_ended else None
+    padding = pad_token(generation_config, input_ids.device) if rests_ended else None
     ended = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
     new_ids = ids = input_ids
     while True:
@@ -70,7 +71,7 @@ def generate_tokens(
         streamer.end()
     if not wanted:
         return ids
-    return GenerateEncoderDecoderOutput(sequences=ids, scores=scores, logits=logits, past_key_values=cache)
+    return GenerateEncoderDecoderOutput(sequences=ids, scores=scores, logits=logits, **{CACHE: cache})
 
 
 def choose(scores: torch.Tensor, do_sample: bool) -> torch.Tensor:

@@ -19,6 +19,7 @@ from hf_earlyexit.generation import EarlyExitGenerationMixin
 from hf_earlyexit.heads import ExitHeads, initialize
 from hf_earlyexit.labelled import LabelledExits
 from hf_earlyexit.layers import decode_step
+from hf_earlyexit.library import CACHE, attention_of, keep_generation_settings, set_attention_of, with_cache_name
 from hf_earlyexit.stock import stock_of
 from hf_earlyexit.t5 import T5Decoder
 from hf_earlyexit.t5_compiled import CompiledT5Decoder
@@ -56,7 +57,7 @@ class EarlyExitT5ForConditionalGeneration(EarlyExitGenerationMixin, T5ForConditi
         self.post_init()
         self._attend_for_live_rows()
         # Otherwise exit settings in `generation_config` would be written by `save_pretrained` and dropped on reload.
-        self.generation_config._from_model_config = False
+        keep_generation_settings(self.generation_config)
 
     @property
     def early_exit(self) -> EarlyExitConfig:
@@ -105,7 +106,7 @@ class EarlyExitT5ForConditionalGeneration(EarlyExitGenerationMixin, T5ForConditi
         model.exit_heads.start_as_logit_lens(model.decoder.final_layer_norm, missing)
         if any(name.startswith("classifiers.") for name in missing):
             model.config.early_exit["classifier"]["trained"] = False
-        model.generation_config._from_model_config = False
+        keep_generation_settings(model.generation_config)
         model._load_certificate(pretrained_model_name_or_path, as_stored and not missing, kwargs)
         return (model, info) if output_loading_info else model
 
@@ -131,13 +132,14 @@ class EarlyExitT5ForConditionalGeneration(EarlyExitGenerationMixin, T5ForConditi
         """
         if exit_objective is not None:
             return Seq2SeqLMOutput(loss=exit_objective(self._labelled_exits(**kwargs)))
-        cache = kwargs.get("past_key_values")
+        kwargs = with_cache_name(kwargs)
+        cache = kwargs.get(CACHE)
         if not isinstance(cache, EarlyExitCache):
             return super().forward(*args, **kwargs)
         if "exit_run" not in kwargs:
             raise ValueError("An `EarlyExitCache` belongs to a `generate` call: pass it to `model.generate(...)`.")
         logits = decode_step(kwargs["exit_decoder"], kwargs["decoder_input_ids"], cache, kwargs["exit_run"])
-        return Seq2SeqLMOutput(logits=logits, past_key_values=cache)
+        return Seq2SeqLMOutput(logits=logits, **{CACHE: cache})
 
     def _labelled_exits(self, labels: torch.Tensor | None = None, **kwargs) -> LabelledExits:
         if labels is None:
@@ -157,9 +159,9 @@ class EarlyExitT5ForConditionalGeneration(EarlyExitGenerationMixin, T5ForConditi
 
     def _attend_for_live_rows(self) -> None:
         """Let the decoder's attention, whichever it is, be told which rows are live."""
-        implementation = self.decoder.config._attn_implementation
+        implementation = attention_of(self.decoder.config)
         if implementation in ("sdpa", "eager"):
-            self.decoder.config._attn_implementation = attention.PREFIX + implementation
+            set_attention_of(self.decoder.config, attention.PREFIX + implementation)
 
 
 def without_heads(quantization_config):

@@ -13,6 +13,7 @@ from transformers.generation import GenerationMode
 
 from hf_earlyexit import attention
 from hf_earlyexit.cache import EarlyExitCache
+from hf_earlyexit.library import CACHE, attention_of
 
 
 MODES = (
@@ -62,13 +63,13 @@ def around_the_hooks(call: dict[str, Any]) -> list[str]:
 def not_supported(model, config: GenerationConfig, model_kwargs: dict[str, Any]) -> list[str]:
     """What in a prepared call the walk cannot do, each with the remedy: refused, or stock's at full depth."""
     problems = []
-    cache = model_kwargs.get("past_key_values")
+    cache = model_kwargs.get(CACHE)
     if model_kwargs.get("decoder_inputs_embeds") is not None:
         problems.append("`decoder_inputs_embeds`: pass `decoder_input_ids`")
     if config.use_cache is False:
         problems.append("`use_cache=False`: leave it out")
     if cache is not None and not isinstance(cache, EarlyExitCache):
-        problems.append(f"`past_key_values` of type {type(cache).__name__}: leave it out, or pass an `EarlyExitCache`")
+        problems.append(f"`{CACHE}` of type {type(cache).__name__}: leave it out, or pass an `EarlyExitCache`")
     if config.cache_implementation not in (None, "static"):
         problems.append(f'`cache_implementation={config.cache_implementation!r}`: use "static", or leave it out')
     if config.compile_config is not None and config.cache_implementation is None:
@@ -89,8 +90,8 @@ def not_supported(model, config: GenerationConfig, model_kwargs: dict[str, Any])
         problems.append("being the assistant of another model: use it on its own")
     if model.training:
         problems.append("training mode: call `model.eval()`")
-    if not model.decoder.config._attn_implementation.startswith(attention.PREFIX):
-        problems.append(f"`attn_implementation={model.config._attn_implementation!r}`: use 'sdpa' or 'eager'")
+    if not attention_of(model.decoder.config).startswith(attention.PREFIX):
+        problems.append(f"`attn_implementation={attention_of(model.config)!r}`: use 'sdpa' or 'eager'")
     if len(set((getattr(model, "hf_device_map", None) or {}).values())) > 1:
         problems.append("a model spread over several devices by `device_map`: put it on one")
     return problems

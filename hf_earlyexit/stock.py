@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from transformers import DynamicCache, EncoderDecoderCache, T5Config, T5ForConditionalGeneration
 
+from hf_earlyexit.library import CACHE, attention_of, set_attention_of
 from hf_earlyexit.settings import CERTIFICATE, ExitSettings
 
 
@@ -51,7 +52,7 @@ def stock_of(model: EarlyExitT5ForConditionalGeneration, layers: int | None = No
 def stock_generate(stock: T5ForConditionalGeneration, **kwargs):
     """`generate`, also where the decoder is deeper than the encoder, by whose depth the library sizes the cache."""
     if stock.config.num_decoder_layers > stock.config.num_layers:
-        kwargs["past_key_values"] = EncoderDecoderCache(DynamicCache(), DynamicCache())
+        kwargs[CACHE] = EncoderDecoderCache(DynamicCache(), DynamicCache())
     return stock.generate(**kwargs)
 
 
@@ -62,7 +63,7 @@ def stock_config(model: EarlyExitT5ForConditionalGeneration, layers: int) -> T5C
         values.pop(name, None)
     config = T5Config(**{**values, "num_decoder_layers": layers})
     config.scale_decoder_outputs = model.config.scale_decoder_outputs
-    config._attn_implementation = model.encoder.config._attn_implementation
+    set_attention_of(config, attention_of(model.encoder.config))
     return config
 
 

@@ -18,6 +18,7 @@ from transformers.models.t5.modeling_t5 import eager_attention_forward
 from hf_earlyexit import attention
 from hf_earlyexit.cache import EarlyExitCache
 from hf_earlyexit.layers import Answer, DecoderShape
+from hf_earlyexit.library import CACHE
 from hf_earlyexit.policies import ExitCriterion
 from hf_earlyexit.rows import Rows
 from hf_earlyexit.transfer import to_device
@@ -148,8 +149,8 @@ class T5Decoder:
             self.encoder_states,
             None,
             self.row_cross_mask,
-            past_key_values=self.view,
             live_rows=rows,
+            **{CACHE: self.view},
         )[0]
 
     def run_blocks(

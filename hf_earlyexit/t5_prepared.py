@@ -19,15 +19,12 @@ from transformers.activations import NewGELUActivation
 from hf_earlyexit.attention import attend, sdpa
 from hf_earlyexit.cache import EarlyExitCache
 from hf_earlyexit.heads import NormHead
+from hf_earlyexit.library import RECORDERS
 from hf_earlyexit.packing import PackedLinear, at_least_a_tile, packs
 from hf_earlyexit.policies import at_least_float32
 from hf_earlyexit.rows import Rows
 from hf_earlyexit.t5 import T5Decoder
 from hf_earlyexit.t5_structure import modules_of, refuse_other_forwards, replaced_modules
-
-
-# Whose hooks stay on the blocks for good once hidden states were asked for, as training does.
-RECORDERS = "transformers.utils.output_capturing"
 
 
 class PreparedLayer:

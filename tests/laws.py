@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from hf_earlyexit.library import CACHE
 from hf_earlyexit.policies import SoftmaxResponse, StateSimilarity
 from tests.reference import frozen_row_generate
 from tests.shortlists import exits_by_candidates
@@ -40,7 +41,7 @@ def generate(model, inputs, seed: int = 0, max_new_tokens: int = 16, ends=ENDS, 
 
 
 def stock_generate(stock, inputs, seed: int = 0, **kwargs):
-    return generate(stock, inputs, seed, past_key_values=stock_cache(), **kwargs)
+    return generate(stock, inputs, seed, **{CACHE: stock_cache()}, **kwargs)
 
 
 # --- what makes a run worth judging ---------------------------------------------------------------------------------

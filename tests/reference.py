@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from transformers import LogitsProcessorList
 
+from hf_earlyexit.library import CACHE
 from tests.tiny import stock_cache
 
 
@@ -44,9 +45,7 @@ def frozen_row_generate(
         exits = torch.tensor([script(row, position) if position >= first else depth for row in range(batch_size)])
         outputs = []
         for layer, block in enumerate(stock.decoder.block, start=1):
-            output, bias, cross_bias = block(
-                hidden, None, bias, encoder_states, mask, cross_bias, past_key_values=cache
-            )
+            output, bias, cross_bias = block(hidden, None, bias, encoder_states, mask, cross_bias, **{CACHE: cache})
             hidden = torch.where((exits < layer)[:, None, None], hidden, output)
             outputs.append(hidden[:, 0])
         if position < first:

@@ -220,7 +220,7 @@ def test_a_cache_of_ones_own_serves_again(captured, all_rows):
     for seed in (0, 1):
         expected = laws.generate(model, tiny_inputs(4, seed), seed, **call)
         own.reset()
-        output = laws.generate(model, tiny_inputs(4, seed), seed, **call, **captured.keywords, past_key_values=own)
+        output = laws.generate(model, tiny_inputs(4, seed), seed, **call, **captured.keywords, cache=own)
         assert torch.equal(output.sequences, expected.sequences)
     assert own.capacity > 4, "it has grown on the way"
 
@@ -250,7 +250,7 @@ def test_a_static_cache_without_compiling():
     expected = laws.stock_generate(stock, tiny_inputs(4))
     output = laws.generate(model, tiny_inputs(4), cache_implementation="static", disable_compile=True)
     assert torch.equal(output.sequences, expected.sequences) and not model.is_prepared
-    assert output.past_key_values.capacity == static_capacity(17) == 64
+    assert output.cache.capacity == static_capacity(17) == 64
 
 
 def test_options_are_the_librarys_without_its_defaults_for_another_device():

@@ -18,6 +18,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from hf_earlyexit import EarlyExitConfig, EarlyExitGenerateBeamOutput, EarlyExitGenerateOutput
 from hf_earlyexit.layers import decode_step
+from hf_earlyexit.library import CACHE
 from hf_earlyexit.run import ExitRun
 from hf_earlyexit.settings import ExitSettings
 from hf_earlyexit.t5 import T5Decoder
@@ -115,7 +116,7 @@ def test_one_step_after_all_rows_have_ended(model):
     run = ExitRun(ExitSettings(), frozenset(), NUM_LAYERS, 2, 9, "cpu")
     run.begin_step(1)
     run.record_finished(rows)
-    cache = output.past_key_values
+    cache = output.cache
     decoder = T5Decoder(model, cache, None, None)
     assert not decode_step(decoder, torch.zeros(2, 1, dtype=torch.long), cache, run).any()
     assert run.work.layer_rows.total() == 0
@@ -416,6 +417,6 @@ def test_exits_save_the_work_of_the_layers_above(model):
 def test_a_stock_cache_still_serves_plain_calls(model):
     inputs = tiny_inputs(2)
     ids = torch.zeros(2, 1, dtype=torch.long)
-    output = model(**inputs, decoder_input_ids=ids, past_key_values=stock_cache(), use_cache=True)
-    assert output.past_key_values.get_seq_length() == 1
-    assert model(**inputs, decoder_input_ids=ids, use_cache=True).past_key_values.get_seq_length() == 1
+    output = model(**inputs, decoder_input_ids=ids, **{CACHE: stock_cache()}, use_cache=True)
+    assert output[CACHE].get_seq_length() == 1
+    assert model(**inputs, decoder_input_ids=ids, use_cache=True)[CACHE].get_seq_length() == 1

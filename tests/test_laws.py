@@ -234,5 +234,5 @@ def test_beyond_a_thousand_tokens():
     script = lambda row, position: 3 if position % 67 == 66 else 1 + (position + row) % 2  # noqa: E731
     lazy, _ = laws.follows_frozen_rows(stock, model, inputs, script, max_new_tokens=1100, ends=[])
     assert lazy.layers_run.shape == (2, 1100)
-    assert lazy.past_key_values.capacity >= 1100
+    assert lazy.cache.capacity >= 1100
     assert (lazy.layers_run > 0).all()

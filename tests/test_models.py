@@ -234,7 +234,7 @@ def test_half_precision(dtype, family, tmp_path):
         for fill in ("lazy", "eager")
     ]
     assert torch.equal(outputs[0].sequences, outputs[1].sequences)
-    cache = outputs[0].past_key_values
+    cache = outputs[0].cache
     assert cache.keys.dtype == dtype
     assert cache.parked.dtype == (torch.float32 if dtype == torch.float16 else dtype)
     for criterion in ("softmax", "state", "entropy", "patience"):

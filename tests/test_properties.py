@@ -47,7 +47,7 @@ def assert_debts_are_accounted(lazy, eager) -> None:
         (lazy.layers_run[:, :, None] < torch.arange(1, NUM_LAYERS + 1)) & (lazy.layers_run[:, :, None] > 0)
     ).sum((0, 1))
     assert torch.equal(eager.filled_positions, skipped)
-    cache = lazy.past_key_values
+    cache = lazy.cache
     owed = torch.tensor(
         [sum(length - filled for length, filled in zip(cache.lengths, layer)) for layer in cache.filled]
     )

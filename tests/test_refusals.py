@@ -9,6 +9,7 @@ import torch
 from transformers import CompileConfig, DynamicCache, EncoderDecoderCache, GenerationConfig, StaticCache
 
 from hf_earlyexit import ClassifierConfig, EarlyExitCache, EarlyExitConfig
+from hf_earlyexit.library import CACHE
 from hf_earlyexit.policies import SoftmaxResponse
 from hf_earlyexit.settings import ExitSettings
 from tests.tiny import NUM_LAYERS, tiny_inputs, tiny_pair
@@ -71,7 +72,7 @@ BAD_ARGUMENTS = [
     (ON | {"exit_schedule": {"tau": 4}}, "`exit_schedule` must be one of"),
     ({"exit_criterion": "classifier", "exit_threshold": 0.5}, "has no exit classifiers"),
     (ON | {"use_cache": False}, "`use_cache=False`"),
-    (ON | {"past_key_values": EncoderDecoderCache(DynamicCache(), DynamicCache())}, "`past_key_values` of type Enc"),
+    (ON | {CACHE: EncoderDecoderCache(DynamicCache(), DynamicCache())}, f"`{CACHE}` of type Enc"),
     (ON | {"cache_implementation": "offloaded_static"}, "`cache_implementation='offloaded_static'`: use .static"),
     (ON | {"cache_implementation": "offloaded"}, "`cache_implementation='offloaded'`"),
     (ON | {"cache_implementation": "paged"}, "paged"),
@@ -153,20 +154,20 @@ def test_attention_without_live_rows_is_refused(model):
 def test_own_cache_must_fit(model, changes, message):
     shape = {"num_layers": NUM_LAYERS, "batch_size": 2, "num_heads": 4, "head_dim": 8, "dtype": torch.float64}
     cache = EarlyExitCache(**(shape | changes))
-    with pytest.raises(ValueError, match=f"`past_key_values`.*{message}"):
-        model.generate(**tiny_inputs(2), max_new_tokens=3, past_key_values=cache, **ON)
+    with pytest.raises(ValueError, match=f"`{CACHE}`.*{message}"):
+        model.generate(**tiny_inputs(2), max_new_tokens=3, **{CACHE: cache}, **ON)
 
 
 def test_own_cache_serves_again_after_reset(model):
     cache = EarlyExitCache(NUM_LAYERS, 2, 4, 8, dtype=torch.float64, capacity=1)
-    first = model.generate(**tiny_inputs(2), max_new_tokens=6, past_key_values=cache, **ON)
+    first = model.generate(**tiny_inputs(2), max_new_tokens=6, **{CACHE: cache}, **ON)
     with pytest.raises(ValueError, match="call its `reset\\(\\)`"):
-        model.generate(**tiny_inputs(2), max_new_tokens=6, past_key_values=cache, **ON)
+        model.generate(**tiny_inputs(2), max_new_tokens=6, **{CACHE: cache}, **ON)
     cache.reset()
-    again = model.generate(**tiny_inputs(2), max_new_tokens=6, past_key_values=cache, **ON)
+    again = model.generate(**tiny_inputs(2), max_new_tokens=6, **{CACHE: cache}, **ON)
     assert torch.equal(first, again)
     with pytest.raises(ValueError, match="belongs to a `generate` call"):
-        model(**tiny_inputs(2), decoder_input_ids=torch.zeros(2, 1, dtype=torch.long), past_key_values=cache)
+        model(**tiny_inputs(2), decoder_input_ids=torch.zeros(2, 1, dtype=torch.long), **{CACHE: cache})
 
 
 def test_a_criterion_that_gives_nonsense_is_named(model):
@@ -218,7 +219,7 @@ def test_what_early_exit_refuses_works_at_full_depth_as_in_stock():
         {"cache_implementation": "static", "disable_compile": True},
         {"prompt_lookup_num_tokens": 2},
         {"output_hidden_states": True, "return_dict_in_generate": True},
-        {"past_key_values": EncoderDecoderCache(*(StaticCache(model.config, max_cache_len=n) for n in (9, 11)))},
+        {CACHE: EncoderDecoderCache(*(StaticCache(model.config, max_cache_len=n) for n in (9, 11)))},
     ):
         expected = stock.generate(**inputs, max_new_tokens=8, **copy.deepcopy(extra))
         output = model.generate(**inputs, max_new_tokens=8, early_exit=False, **copy.deepcopy(extra))
@@ -286,8 +287,8 @@ def test_objects_in_the_generation_config_are_not_saved_away(tmp_path):
 def test_own_loops_are_the_librarys_at_full_depth():
     seen = {}
 
-    def loop(model, input_ids, generation_config, past_key_values, **kwargs):
-        seen["cache"], seen["names"] = past_key_values, set(kwargs)
+    def loop(model, input_ids, generation_config, **kwargs):
+        seen["cache"], seen["names"] = kwargs.pop(CACHE), set(kwargs)
         return input_ids
 
     _, model = tiny_pair("tied", 0)
