@@ -19,6 +19,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from hf_earlyexit.config import is_integer, is_number
 from hf_earlyexit.policies import CRITERIA, ExitCriterion, ExitPoint
+from hf_earlyexit.separating import separating_thresholds
 
 
 NAME = "accuracy"
@@ -32,7 +33,7 @@ class AccuracyTable:
 
     Attributes:
         layer: Layers run where it is asked.
-        confidences: Ascending.
+        confidences: Ascending. Fitted ones lie between those that were observed, so that rounding decides nothing.
         shares: Ascending: of the tokens at least as sure as the confidence at the same place, the share whose first
             choice was full depth's; or of those at least as sure as one before it, where that is more.
 
@@ -243,14 +244,14 @@ def _checked(layer: int, confidences: ArrayLike, agrees: ArrayLike, least_tokens
 
 
 def _table(layer: int, sure: NDArray, right: NDArray, least_tokens: int, levels: int | None) -> AccuracyTable:
-    """Every step up of the share, from the smallest confidence on."""
+    """Every step up of the share, from the smallest confidence on, each midway between two confidences."""
     order = np.argsort(sure)
     sure, right = sure[order], right[order]
-    values, first = np.unique(sure, return_index=True)  # equally sure tokens leave together
+    first, thresholds = separating_thresholds(sure)  # equally sure tokens leave together
     counts = len(sure) - first
     rates = right[::-1].cumsum()[::-1][first] / counts
     shares = np.maximum.accumulate(rates[counts >= least_tokens])
     if levels is not None:
         shares = np.floor(shares * levels + 1e-9) / levels
     steps = np.flatnonzero(np.diff(shares, prepend=0.0))
-    return AccuracyTable(layer, tuple(values[steps].tolist()), tuple(shares[steps].tolist()))
+    return AccuracyTable(layer, tuple(thresholds[steps].tolist()), tuple(shares[steps].tolist()))

@@ -17,6 +17,7 @@ import torch
 from hf_earlyexit.candidates import Candidate
 from hf_earlyexit.forced import ForcedTokens
 from hf_earlyexit.oracle import first_agreeing, shares, stable_from
+from hf_earlyexit.separating import separating_thresholds
 
 
 SWEPT = 128  # thresholds of a criterion's line, besides those that were asked for
@@ -64,11 +65,14 @@ def _point(forced: ForcedTokens, name: str, threshold: float) -> OraclePoint:
 
 
 def swept_thresholds(forced: ForcedTokens, name: str, count: int = SWEPT) -> list[float]:
-    """`count` thresholds at most, at equal steps through the confidences of all tokens and exits."""
-    values = forced.confidences[name].flatten().numpy()
+    """`count` thresholds at most, at equal steps through the confidences of all tokens and exits, each between two."""
+    values = np.sort(forced.confidences[name].flatten().double().numpy())
     if not len(values):
         return []
-    return sorted(set(np.quantile(values, np.linspace(0, 1, count), method="lower").tolist()), reverse=True)
+    firsts, thresholds = separating_thresholds(values)
+    steps = np.linspace(0, len(values) - 1, count).astype(int)
+    passing = np.searchsorted(firsts, steps, side="right") - 1
+    return sorted(set(thresholds[passing].tolist()), reverse=True)
 
 
 def same_layer_points(forced: ForcedTokens) -> list[OraclePoint]:

@@ -109,4 +109,5 @@ def pareto_front(table: LossTable, costs: Mapping[str, float], below: float) -> 
 
 
 def _key(entry: tuple[float, float, Candidate]) -> tuple[float, float]:
-    return entry[:2]
+    """Loss and cost; losses that differ by rounding alone are one, so that the cheaper candidate comes first."""
+    return round(entry[0], 9), entry[1]

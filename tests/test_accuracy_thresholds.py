@@ -23,6 +23,7 @@ from hf_earlyexit.model_calibration import Use, calibrate_model
 from hf_earlyexit.policies import CRITERIA
 from hf_earlyexit.promise import Promise
 from hf_earlyexit.search import Search
+from hf_earlyexit.separating import EQUALLY_SURE
 from hf_earlyexit.settings import ExitSettings
 from tests import laws
 from tests.certificates import certificate_for
@@ -43,17 +44,20 @@ def fitted(**options) -> AccuracyTable:
 
 
 def test_tables_by_hand():
-    """From 0.2 on 3 of 6 agree, from 0.4 on 3 of 5, from 0.6 on 2 of 3; from 0.8 and 0.9 on fewer again."""
+    """From 0.2 on 3 of 6 agree, from 0.4 on 3 of 5, from 0.6 on 2 of 3; from 0.8 and 0.9 on fewer again. A threshold
+    is midway to the value before, which is 0 before the first."""
+    low, middle, high = 0.2 / 2, (0.2 + 0.4) / 2, (0.4 + 0.6) / 2
     every = fitted(least_tokens=1, levels=None)
-    assert every == AccuracyTable(3, (0.2, 0.4, 0.6), (3 / 6, 3 / 5, 2 / 3))
+    assert every == AccuracyTable(3, (low, middle, high), (3 / 6, 3 / 5, 2 / 3))
     assert fitted(least_tokens=3, levels=None) == every
-    assert fitted(least_tokens=4, levels=None) == AccuracyTable(3, (0.2, 0.4), (3 / 6, 3 / 5))
-    assert fitted(least_tokens=1, levels=10) == AccuracyTable(3, (0.2, 0.4), (0.5, 0.6)), "two thirds are not 0.7"
+    assert fitted(least_tokens=4, levels=None) == AccuracyTable(3, (low, middle), (3 / 6, 3 / 5))
+    assert fitted(least_tokens=1, levels=10) == AccuracyTable(3, (low, middle), (0.5, 0.6)), "two thirds are not 0.7"
     assert fitted(least_tokens=1, levels=1) == AccuracyTable(3, (), ())
     nobody = fit_accuracy("softmax", {3: SURE}, {3: [0] * 6}, least_tokens=1).tables[0]
     assert nobody == AccuracyTable(3, (), ()) and nobody.share(1.0) == 0 and nobody.threshold(0.01) is None
-    assert [every.share(value) for value in (0.19, 0.2, 0.59, 0.6, 1.0)] == [0, 0.5, 0.6, 2 / 3, 2 / 3]
-    assert [every.threshold(value) for value in (0, 0.5, 0.51, 2 / 3, 0.7)] == [0, 0.2, 0.4, 0.6, None]
+    assert [every.share(value) for value in (0.09, 0.2, 0.4, 0.6, 1.0)] == [0, 0.5, 0.6, 2 / 3, 2 / 3]
+    own = every.confidences
+    assert [every.threshold(value) for value in (0, 0.5, 0.51, 2 / 3, 0.7)] == [0, *own, None]
 
 
 TOKENS = some.lists(some.tuples(some.integers(0, 8), some.booleans()), min_size=1, max_size=30)
@@ -61,15 +65,24 @@ TOKENS = some.lists(some.tuples(some.integers(0, 8), some.booleans()), min_size=
 
 @given(tokens=TOKENS, least=some.integers(1, 4), target=some.integers(1, 20))
 def test_thresholds_are_the_smallest_with_the_rate(tokens, least, target):
-    """By the words of the definition, for every target; and the share is at least the target exactly from there on."""
+    """By the words of the definition, for every target: midway below the smallest confidence with the rate; and the
+    share is at least the target exactly from there on."""
     least = min(least, len(tokens))
     sure, right = [value / 8 for value, _ in tokens], [agrees for _, agrees in tokens]
     table = fit_accuracy("softmax", {1: sure}, {1: right}, least_tokens=least, levels=None).tables[0]
     target = target / 20
     leaving = {at: [agrees for value, agrees in zip(sure, right) if value >= at] for at in sure}
     good = [at for at, left in leaving.items() if len(left) >= least and sum(left) / len(left) >= target]
-    assert table.threshold(target) == min(good, default=None)
-    for confidence in (*sure, 0.0, 0.3, 1.0):
+    if not good:
+        assert table.threshold(target) is None
+    else:
+        first = min(good)
+        before = max((value for value in sure if value < first), default=None)
+        if before is None:  # as far below as the next value's threshold is above
+            gap = min((value for value in sure if value > first), default=first + 2 * EQUALLY_SURE) - first
+            before = max(-first, first - gap)
+        assert table.threshold(target) == pytest.approx((before + first) / 2, abs=1e-12)
+    for confidence in sure:
         assert (table.share(confidence) >= target) == (bool(good) and confidence >= min(good))
 
 
@@ -104,7 +117,7 @@ def test_one_target_is_a_threshold_per_exit(criterion):
     agrees = {layer: generator.random(len(sure)) < 0.6 * sure + 0.3 for layer, sure in said.items()}
     fit = fit_accuracy(criterion, said, agrees, least_tokens=2)
     asked = CRITERIA[criterion]()
-    for target in (0.34, 0.5, 0.51, 0.605, 0.8):
+    for target in (0.34, 0.5, 0.605, 0.8, 0.95):
         own = PerLayer(asked, fit.thresholds_for(target))
         expected = laws.generate(model, tiny_inputs(4), exit_criterion=own, exit_threshold=0.5)
         output = laws.generate(model, tiny_inputs(4), exit_criterion=fit, exit_threshold=target)
@@ -149,7 +162,7 @@ def test_patience_counts_the_exits_that_will_be_asked():
     options = {"generation": {"max_new_tokens": 8}, "least_tokens": 1, "exit_layers": [2, 6]}
     found = fit_exit_accuracy(model, tokenizer, default_examples()[:4], "patience", **options)
     assert found.layers == [2, 6]
-    assert set(found.tables[0].confidences) == {0.0} and set(found.tables[1].confidences) <= {0.0, 0.5}
+    assert set(found.tables[0].confidences) == {0.0} and set(found.tables[1].confidences) <= {0.0, 0.25}
 
 
 # --- stored ---------------------------------------------------------------------------------------------------------

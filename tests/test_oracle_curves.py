@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from itertools import product
+from itertools import pairwise, product
 
 import numpy as np
 import pytest
@@ -77,8 +77,11 @@ def a_criterion_by_hand():
     assert full == OraclePoint(8, 1) and points[0] == OraclePoint(8, 1, 1.0)
     assert points[1] == OraclePoint(pytest.approx((2 + 4 + 2 + 6 + 8 + 4) / 6), pytest.approx(5 / 6), 0.5)
     assert points[2] == OraclePoint(2, pytest.approx(0.5), 0.0) and len(points) == 3
-    assert swept_thresholds(own, "c", 2) == [0.9, 0.0] and len(swept_thresholds(own, "c")) <= 6
-    assert set(swept_thresholds(own, "c", 50)) == set(confidences.flatten().tolist())
+    values = sorted(set(confidences.flatten().tolist()))
+    # Each is passed by its own threshold, midway to the one before.
+    midway = [0.0, *((one + other) / 2 for one, other in pairwise(values))]
+    assert swept_thresholds(own, "c", 2) == [midway[-1], 0.0] and len(swept_thresholds(own, "c")) <= 6
+    assert swept_thresholds(own, "c", 50) == midway[::-1]
     assert cheapest([full, *points], 5 / 6) == points[1] and cheapest([full, *points], 0.9).layers == 8
 
 

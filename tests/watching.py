@@ -8,10 +8,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from unittest import mock
 
+import numpy as np
 import torch
 
 from hf_earlyexit import ExitPoint
 from hf_earlyexit.run import ExitRun
+from hf_earlyexit.separating import separating_thresholds
 
 
 @dataclass(frozen=True)
@@ -45,10 +47,12 @@ class Recording:
 
 
 def threshold_for(model, inputs, criterion, quantile: float = 0.6, **kwargs) -> float:
-    """A threshold that some tokens pass early, some late and some never: a quantile of what full depth shows."""
+    """A threshold that some tokens pass early, some late and some never: a quantile of what full depth shows, midway
+    between two confidences, so that rounding decides nothing."""
     recording = Recording(criterion)
     model.generate(**inputs, exit_criterion=recording, exit_threshold=1.0, **kwargs)
-    return torch.tensor(list(recording.seen.values())).quantile(quantile).item()
+    _, thresholds = separating_thresholds(np.sort(np.array(list(recording.seen.values()))))
+    return float(np.quantile(thresholds, quantile, method="nearest"))
 
 
 @contextmanager
