@@ -7,8 +7,12 @@ at two thirds and more. Knows nothing of models.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch.nn.functional import linear
+
+from hf_earlyexit.kernel_switch import optional_kernels
 
 
 # Fewer rows than that are filled up: oneDNN's kernel for 4 rows takes less time than the one for 1. Measured on one
@@ -23,11 +27,31 @@ SMALLEST_PACKED = 50_000
 
 def packs(dtype: torch.dtype, device: torch.device) -> bool:
     """Whether weights of this kind have a packed layout here; others are multiplied as they are."""
-    if device.type != "cpu" or not torch.backends.mkldnn.is_available():
+    if device.type != "cpu" or not optional_kernels():
+        return False
+    if not (torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled):
         return False
     if not hasattr(torch.ops.mkldnn, "_reorder_linear_weight"):
         return False
-    return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return dtype in (torch.float32, torch.bfloat16) and multiplies_packed(dtype)
+
+
+@functools.cache
+def multiplies_packed(dtype: torch.dtype) -> bool:
+    """Whether oneDNN has a kernel for it on this machine, with the instructions that it may use (found by trying)."""
+    if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return False
+    weight, rows = torch.ones(32, 32, dtype=dtype), torch.ones(ROW_TILE, 32, dtype=dtype)
+    try:
+        packed = torch.ops.mkldnn._reorder_linear_weight(weight, ROW_TILE)
+        return bool((packed_product(rows, packed) == 32).all())
+    except RuntimeError:
+        return False
+
+
+def packed_product(rows: torch.Tensor, packed: torch.Tensor) -> torch.Tensor:
+    """`[rows, out]` of `rows [rows, in]` and a packed weight, without a bias."""
+    return torch.ops.mkldnn._linear_pointwise(rows, packed, None, "none", [], "")
 
 
 class PackedLinear:
@@ -61,7 +85,7 @@ class PackedLinear:
         if not self.is_packed:
             return linear(rows, self.weight)
         rows = rows.to(self.dtype)  # where autocast has made an operation before it half
-        return torch.ops.mkldnn._linear_pointwise(rows, self.weight, None, "none", [], "")
+        return packed_product(rows, self.weight)
 
 
 def at_least_a_tile(rows: torch.Tensor) -> torch.Tensor:

@@ -19,6 +19,7 @@ from transformers.activations import NewGELUActivation
 from hf_earlyexit.attention import attend, sdpa
 from hf_earlyexit.cache import EarlyExitCache
 from hf_earlyexit.heads import NormHead
+from hf_earlyexit.kernel_switch import optional_kernels
 from hf_earlyexit.library import RECORDERS
 from hf_earlyexit.packing import PackedLinear, at_least_a_tile, packs
 from hf_earlyexit.policies import at_least_float32
@@ -226,7 +227,8 @@ def exit_norms(model: nn.Module) -> dict[int, Norm]:
 
 def faster(activation: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
     """The same function in one operation where the library has it in many."""
-    return partial(gelu, approximate="tanh") if type(activation) is NewGELUActivation else activation
+    is_slow = type(activation) is NewGELUActivation and optional_kernels()
+    return partial(gelu, approximate="tanh") if is_slow else activation
 
 
 # --- what can be prepared -------------------------------------------------------------------------------------------

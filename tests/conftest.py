@@ -1,14 +1,52 @@
+"""Threads, the optional kernels, the device of tests marked gpu, and which tests are the laws."""
+
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
 import pytest
 import torch
 
+from hf_earlyexit.kernel_switch import optional_kernels
 
-# Tiny matrices gain nothing from threads, and test processes that each run several slow each other down.
-torch.set_num_threads(1)
+
+# Tiny matrices gain nothing from threads, and test processes that each run several slow each other down. Who sets the
+# variable wants that number.
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+
+# Without the package's optional kernels, without those of torch, too.
+if not optional_kernels():
+    torch.backends.mkldnn.enabled = False
+
+# `pytest -m law` runs the laws, their mutations not included: what must hold under any arithmetic. `.ci/run` runs them
+# under several. The rest of the suite is about files, commands, reports and numbers that are computed by hand.
+LAWS = (
+    "test_accuracy_thresholds",
+    "test_beta_mixture",
+    "test_cache",
+    "test_compiled",
+    "test_exit_candidates",
+    "test_generation",
+    "test_graphs",
+    "test_laws",
+    "test_low_precision",
+    "test_models",
+    "test_on_devices",
+    "test_oracle_curves",
+    "test_patience",
+    "test_prepared",
+    "test_properties",
+    "test_separating",
+    "test_stock",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if Path(item.path).stem in LAWS:
+            item.add_marker(pytest.mark.law)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

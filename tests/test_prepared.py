@@ -13,6 +13,7 @@ from torch import nn
 from transformers.models.t5.modeling_t5 import T5Block
 
 from hf_earlyexit import EarlyExitT5ForConditionalGeneration, packing
+from hf_earlyexit.kernel_switch import SWITCH
 from hf_earlyexit.packing import ROW_TILE, PackedLinear, at_least_a_tile
 from hf_earlyexit.t5_prepared import PreparedT5Decoder
 from tests import laws
@@ -39,7 +40,14 @@ def stock_blocks_rest(monkeypatch):
 
 
 @pytest.fixture
-def packs_all(monkeypatch):
+def kernels_on(monkeypatch):
+    """The optional kernels, also where the tests are run without them."""
+    monkeypatch.delenv(SWITCH, raising=False)
+    monkeypatch.setattr(torch.backends.mkldnn, "enabled", True)
+
+
+@pytest.fixture
+def packs_all(monkeypatch, kernels_on):
     """Small weights, too."""
     monkeypatch.setattr(packing, "SMALLEST_PACKED", 0)
 
@@ -96,7 +104,7 @@ def test_packed_rows_say_what_they_say_alone(dtype, packs_all):
     """Packed products round a row as they do alone, so a batch equals its rows exactly where attention does, too."""
     _, model = prepared_pair(seed=2, dtype=dtype)
     packs = model._prepared_copy.weights.layers[0].query_keys_values.is_packed
-    assert packs == (dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    assert packs == packing.multiplies_packed(dtype)
     output = laws.scripted_batch_equals_rows_alone(model, 2)
     laws.assert_not_vacuous(output)
 
@@ -160,7 +168,7 @@ def test_a_packed_product_is_the_product(rows, dtype, packs_all):
 # --- when there is a copy -------------------------------------------------------------------------------------------
 
 
-def test_small_weights_are_left_as_they_are():
+def test_small_weights_are_left_as_they_are(kernels_on):
     small, large = torch.randn(64, 64), torch.randn(256, 256)
     assert not PackedLinear(small).is_packed and PackedLinear(small).weight.data_ptr() == small.data_ptr()
     assert PackedLinear(large).is_packed
