@@ -1,4 +1,4 @@
-.PHONY: quality style test
+.PHONY: quality style test newest
 
 quality:
 	ruff check .
@@ -10,3 +10,7 @@ style:
 
 test:
 	python -m pytest -n 2
+
+# The suite with the newest transformers that the package registry has. It reports and always succeeds.
+newest:
+	.ci/newest

@@ -1,6 +1,6 @@
 """Names of transformers that differ between releases, and its private names that this package cannot do without.
 
-Tested with 5.15.0, 5.23.0 and 5.24.0. A private name of transformers is read in this module and nowhere else. The
+A private name of transformers is read in this module and nowhere else. The
 methods that a model class overrides or calls as its parent's are listed in `HOOKS`.
 """
 
@@ -15,6 +15,9 @@ from transformers import GenerationConfig, PreTrainedConfig
 from transformers.modeling_outputs import Seq2SeqLMOutput
 from transformers.utils import cached_file
 
+
+# Releases that the whole suite is run with; setup.cfg, constraints.txt, `.ci/run` and the README follow.
+TESTED = ("5.15.0", "5.23.0", "5.24.0")
 
 # 5.24 calls the keys and values of earlier tokens `cache`, in keywords, `model_kwargs` and outputs. Before that, and
 # with a warning up to 5.40 (in `generate` up to 6.0), the name is `past_key_values`.
