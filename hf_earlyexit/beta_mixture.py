@@ -16,6 +16,7 @@ from hf_earlyexit.config import is_number
 CLIP = 1e-4  # densities are infinite or 0 at the ends
 LEAST_VARIANCE = 1e-8
 ZETA = 0.4  # FREE's
+ROUNDING = 1e-9  # what a mean or posterior may be off by, so that a candidate that equals one is not left to it
 LEAST_OF_A_KIND = 10  # tokens that were right, and that were wrong, before either is fitted
 
 
@@ -179,9 +180,9 @@ class BetaMixture:
         candidate below it) down for as long as the posterior is above `zeta`; the most conservative one if it is not.
         """
         usual = self.right.alpha / (self.right.alpha + self.right.beta)
-        start = next((value for value in self.candidates if value >= usual), self.candidates[-1])
+        start = next((value for value in self.candidates if value >= usual - ROUNDING), self.candidates[-1])
         down = [value for value in reversed(self.candidates) if value <= start]
-        found = list(takewhile(lambda value: self.posterior(value) > self.zeta, down))
+        found = list(takewhile(lambda value: self.posterior(value) > self.zeta + ROUNDING, down))
         return found[-1] if found else self.candidates[-1]
 
     def posterior(self, confidence: float) -> float:

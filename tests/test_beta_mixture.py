@@ -11,6 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as some
 
+from hf_earlyexit import beta_mixture
 from hf_earlyexit.beta_mixture import Beta, BetaMixture, Moments, posterior_right
 from hf_earlyexit.calibration import calibrate
 from hf_earlyexit.certificate import CertificateWarning
@@ -51,6 +52,23 @@ def test_posterior_by_hand():
     assert posterior_right(0.3, right, wrong) == pytest.approx(0.3)
     assert posterior_right(0.3, right, wrong, share=0.75) == pytest.approx(1.8 / 3.2)
     assert posterior_right(0.0, Beta(9e4, 1), Beta(1, 9e4)) == 0
+
+
+def test_a_tie_is_not_left_to_rounding(monkeypatch):
+    """A posterior that equals zeta is not above it, and a candidate that equals the mean is where right tokens are at
+    home, whichever way either was rounded."""
+
+    def chosen(off: float) -> float:
+        moved = lambda *args: posterior_right(*args) + off  # noqa: E731
+        monkeypatch.setattr(beta_mixture, "posterior_right", moved)
+        return BetaMixture(TENTHS).threshold()
+
+    assert {chosen(off) for off in (-1e-12, 0.0, 1e-12)} == {0.5}
+    for off in (-1e-12, 0.0, 1e-12):
+        mixture = BetaMixture([0.5, 0.9])
+        monkeypatch.setattr(BetaMixture, "right", Beta(2.0, 2.0 * (1 + off)))
+        monkeypatch.setattr(BetaMixture, "wrong", Beta(9.0, 1.0))
+        assert mixture.threshold() == 0.5
 
 
 def test_thresholds_by_hand():
