@@ -74,7 +74,7 @@ class Hub:
     def environment(self, home: str) -> dict[str, str]:
         """What a client process needs to talk to this Hub, with caches of its own. Xet is not spoken here."""
         names = {"HF_ENDPOINT": self.endpoint, "HF_HOME": home, "HF_TOKEN": TOKEN}
-        return names | {"HF_HUB_DISABLE_XET": "1", "NO_PROXY": "127.0.0.1"}
+        return names | {"HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "NO_PROXY": "127.0.0.1"}
 
     def commit_of(self, repo: str, revision: str) -> tuple[str, dict[str, File]]:
         """The hash and the files of a revision, `main` or a commit's hash."""

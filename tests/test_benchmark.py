@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
-from pathlib import Path
+
+from tests.scripts import run_script
 
 import pytest
 
 
-SCRIPT = Path(__file__).parent.parent / "scripts/benchmark.py"
-
-
-def test_quick_run():
-    run = subprocess.run(
-        [sys.executable, str(SCRIPT), "--quick", "--no-ctranslate2"], capture_output=True, text=True, check=True
-    )
+def test_quick_run(tmp_path):
+    run = run_script("benchmark.py", "--quick", "--no-ctranslate2", cwd=tmp_path)
+    assert run.returncode == 0
     result = json.loads(run.stdout.splitlines()[-1])
     layers = result["model"]["num_decoder_layers"]
     work = {case["name"]: case["work"] for case in result["cases"]}
@@ -34,8 +29,7 @@ def test_quick_grid_and_its_picture(tmp_path):
     """Replayed exits do the work that was recorded, every way to decode has its ratio to stock, and it is drawn."""
     results, png = tmp_path / "grid.json", tmp_path / "grid.png"
     chosen = ["--quick", "--cases", "grid,vain", "--batch", "2", "--only", "stock,plain,prepared", "--no-ctranslate2"]
-    run = [sys.executable, str(SCRIPT), *chosen, "--json-out", str(results)]
-    subprocess.run(run, capture_output=True, text=True, check=True)
+    assert run_script("benchmark.py", *chosen, "--json-out", str(results), cwd=tmp_path).returncode == 0
     grid, vain = json.loads(results.read_text())["cases"]
     work = grid["work"]["prepared replay"]
     assert work["layer_rows"] == sorted(work["layer_rows"], reverse=True) and work["layer_rows"][0] == 2 * 8
@@ -44,9 +38,8 @@ def test_quick_grid_and_its_picture(tmp_path):
     assert {"plain never / stock", "prepared exit after 1 / prepared cut to 1", "prepared replay / stock"} <= set(bars)
     assert bars["prepared exit after 2 / prepared cut to 2"]["limit"] == 1.15
     assert {bar["name"]: bar["limit"] for bar in vain["bars"]}["state / never"] == 1.05
-    plot = SCRIPT.with_name("benchmark_plot.py")
-    run = [sys.executable, str(plot), str(results), "--png", str(png)]
-    drawn = subprocess.run(run, capture_output=True, text=True, check=True)
+    drawn = run_script("benchmark_plot.py", str(results), "--png", str(png), cwd=tmp_path)
+    assert drawn.returncode == 0
     assert "| prepared never |" in drawn.stdout and png.read_bytes().startswith(b"\x89PNG")
 
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import csv
 import json
 import shutil
-import subprocess
-import sys
 from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
@@ -22,10 +20,10 @@ from hf_earlyexit.cli_arguments import curves_of
 from hf_earlyexit.data import in_random_order, short_hash
 from hf_earlyexit.default import CHECKPOINT, default_examples, load_default
 from tests.command_line import errors_of
+from tests.scripts import run_script
 
 
 pytest.importorskip("scipy.stats")
-SCRIPT = Path(__file__).parent.parent / "scripts/evaluate_exits.py"
 QUICK = ["--max-new-tokens", "6"]
 PROMISE = ["--target", "0.9", "--curve", "softmax:1,2", "0.0", "0.9", "--cost", "layers"]
 
@@ -146,8 +144,7 @@ def test_evaluate_and_report(tmp_path, capsys):
 
 
 def test_the_script_is_the_verb(tmp_path):
-    command = [sys.executable, str(SCRIPT), "--curve", "softmx", "0.5", "--output", "results.json"]
-    ran = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    ran = run_script("evaluate_exits.py", "--curve", "softmx", "0.5", "--output", "results.json", cwd=tmp_path)
     assert ran.returncode == 2 and "got 'softmx'" in ran.stderr and not list(tmp_path.iterdir())
 
 

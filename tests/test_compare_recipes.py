@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -12,14 +10,14 @@ import numpy as np
 import pytest
 
 from hf_earlyexit import EarlyExitConfig, EarlyExitT5ForConditionalGeneration
+from tests.scripts import SCRIPTS, Ran, run_script
 from tests.test_train_exits import folder  # noqa: F401 (a fixture)
 
 
-SCRIPTS = Path(__file__).parent.parent / "scripts"
 sys.path.insert(0, str(SCRIPTS))
 
-from recipe_table import area_under, interval, quality_at, summarize, table  # noqa: E402
-from recipes import RECIPES  # noqa: E402
+from recipe_table import area_under, interval, quality_at, summarize, table
+from recipes import RECIPES
 
 
 CURVE = "softmax:2,4"
@@ -102,13 +100,11 @@ def test_at_least_six_recipes_that_train():
     assert len({repr(recipe) for recipe in RECIPES.values()}) == len(RECIPES)
 
 
-def run(where: Path, *options: str) -> subprocess.CompletedProcess:
+def run(where: Path, *options: str) -> Ran:
     budget = "--max_steps 2 --batch_size 4 --inputs 4 --rounds 2 --exit_layers 2 4 --max_target_tokens 6"
     data = "--train_file train.csv --validation_file validation.csv --output_dir compared --table table.md"
-    command = [sys.executable, str(SCRIPTS / "compare_recipes.py"), "--model", "plain"]
-    variables = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(SCRIPTS.parent)}
-    command += [*budget.split(), *data.split(), *options]
-    return subprocess.run(command, capture_output=True, text=True, cwd=where, env=variables)
+    arguments = ["--model", "plain", *budget.split(), *data.split(), *options]
+    return run_script("compare_recipes.py", *arguments, cwd=where)
 
 
 def test_recipes_are_tried_once_under_one_budget(folder):  # noqa: F811

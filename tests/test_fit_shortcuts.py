@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,12 +11,10 @@ from transformers import AutoTokenizer, T5ForConditionalGeneration
 
 from hf_earlyexit import EarlyExitConfig, EarlyExitT5ForConditionalGeneration
 from hf_earlyexit.default import CHECKPOINT
+from tests.scripts import Ran, run_script
 from tests.test_data import write
 from tests.test_train_exits import articles
 from tests.tiny import tiny_config
-
-
-SCRIPT = Path(__file__).parent.parent / "scripts/fit_shortcuts.py"
 
 
 @pytest.fixture(scope="module")
@@ -34,11 +29,9 @@ def folder(tmp_path_factory) -> Path:
     return folder
 
 
-def run(folder: Path, *options: str) -> subprocess.CompletedProcess:
+def run(folder: Path, *options: str) -> Ran:
     files = ("--train_file", "train.csv", "--validation_file", "validation.csv", "--model", "plain")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(SCRIPT.parent.parent)}
-    command = [sys.executable, str(SCRIPT), *files, *options]
-    return subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment)
+    return run_script("fit_shortcuts.py", *files, *options, cwd=folder)
 
 
 @pytest.mark.parametrize("own_texts", (False, True))

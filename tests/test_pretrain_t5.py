@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -13,6 +11,7 @@ import torch
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, Seq2SeqTrainingArguments
 
 from hf_earlyexit import EarlyExitT5ForConditionalGeneration
+from tests.scripts import Ran, run_script
 from tests.test_data import write
 from tests.test_train_exits import articles
 
@@ -22,11 +21,9 @@ SHAPE = "--vocab_size 40 --encoder_layers 3 --decoder_layers 3 --d_model 16 --d_
 QUICK = "--per_device_train_batch_size 4 --learning_rate 1e-2 --report_to none --use_cpu --max_target_tokens 8"
 
 
-def run(folder: Path, *options: str, shape: str = SHAPE) -> subprocess.CompletedProcess:
+def run(folder: Path, *options: str, shape: str = SHAPE) -> Ran:
     data = ["--train_file", "train.jsonl", "--validation_file", "validation.jsonl", "--prefix", "summarize: "]
-    command = [sys.executable, str(SCRIPT), *data, *shape.split(), *QUICK.split(), *options]
-    variables = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(SCRIPT.parent.parent)}
-    return subprocess.run(command, capture_output=True, text=True, cwd=folder, env=variables)
+    return run_script("pretrain_t5.py", *data, *shape.split(), *QUICK.split(), *options, cwd=folder)
 
 
 @pytest.fixture(scope="module")

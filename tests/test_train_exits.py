@@ -26,6 +26,7 @@ from hf_earlyexit.objectives import (
     SortedDepths,
 )
 from tests import hub_stub
+from tests.scripts import Ran, run_script
 from tests.test_data import write
 from tests.tiny import NUM_LAYERS, tiny_config
 
@@ -57,13 +58,18 @@ def folder(tmp_path_factory) -> Path:
     return folder
 
 
-def run(folder: Path, *options: str, launcher: tuple = (), **environment: str) -> subprocess.CompletedProcess:
+def run(folder: Path, *options: str) -> Ran:
+    return run_script(SCRIPT.name, *QUICK.split(), "--max_target_tokens", "8", *options, cwd=folder)
+
+
+def start(folder: Path, *options: str, launcher: tuple = (), **environment: str) -> subprocess.CompletedProcess:
+    """In processes of its own."""
     variables = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(SCRIPT.parent.parent), **environment}
     command = [sys.executable, *launcher, str(SCRIPT), *QUICK.split(), "--max_target_tokens", "8", *options]
     return subprocess.run(command, capture_output=True, text=True, cwd=folder, env=variables)
 
 
-def result(ran: subprocess.CompletedProcess) -> dict:
+def result(ran: Ran | subprocess.CompletedProcess) -> dict:
     assert ran.returncode == 0, ran.stderr[-3000:]
     return json.loads(ran.stdout.splitlines()[-1])
 
@@ -125,7 +131,7 @@ def test_the_second_stage_trains_classifiers_and_uploads(first_stage, folder):
     options += " --objective classifiers --classifier mlp --classifier_per_layer --push_to_hub --hub_model_id some/one"
     options += " --exit_layers 2 4"  # said again, which must not cost the heads of the first stage
     with hub_stub.running_hub() as hub:
-        metrics = result(run(folder, *options.split(), **hub.environment(str(folder / "home"))))["metrics"]
+        metrics = result(start(folder, *options.split(), **hub.environment(str(folder / "home"))))["metrics"]
         files = {name: file.content for name, file in hub.commit_of("some/one", "main")[1].items()}
     assert 0 <= metrics["after_exit_2_recall"] <= 1
     assert {"README.md", "model.safetensors", "config.json", "tokenizer.json"} <= set(files)
@@ -145,7 +151,7 @@ def test_two_processes_evaluate_every_input_once(folder):
     options = ("--model", "plain", *files, "--exit_layers", "2", "--output_dir")
     alone = result(run(folder, *options, "alone"))["metrics"]
     launcher = ("-m", "torch.distributed.run", "--nproc-per-node", "2")
-    together = result(run(folder, *options, "together", launcher=launcher))["metrics"]
+    together = result(start(folder, *options, "together", launcher=launcher))["metrics"]
     names = [name for name in alone if name.startswith("before_") and ("exit" in name or "rouge" in name)]
     assert len(names) > 4
     assert [together[name] for name in names] == pytest.approx([alone[name] for name in names], rel=1e-4)
