@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -67,7 +68,10 @@ def betting(losses: NDArray, risk: float | NDArray, delta: float) -> NDArray:
     Returns:
         `[K]`, as `hoeffding`.
     """
-    bets = _bets(losses, delta)
+    return _betting(losses, _bets(losses, delta), risk)
+
+
+def _betting(losses: NDArray, bets: NDArray, risk: float | NDArray) -> NDArray:
     bets = bets / np.maximum(1.0, bets * (1 - risk) / MOST_OF_THE_WEALTH)
     log_wealth = np.log1p(-bets * (losses - risk)).cumsum(axis=0)
     p_values = np.exp(-np.maximum(0.0, log_wealth.max(axis=0)))
@@ -94,9 +98,14 @@ BOUNDS = ("hb", "wsr", "clopper_pearson", "hoeffding")
 
 def p_values_of(losses: NDArray, risk: float | NDArray, *, bound: str, delta: float) -> NDArray:
     """`[K]`, of the hypotheses that the columns of `losses`, `[n, K]` in [0, 1], have a risk of at least `risk`."""
+    return _p_values_by_risk(losses, bound=bound, delta=delta)(risk)
+
+
+def _p_values_by_risk(losses: NDArray, *, bound: str, delta: float) -> Callable[[float | NDArray], NDArray]:
+    """`p_values_of` as a function of the risk; what does not depend on it is computed once."""
     if bound == "wsr":
-        return betting(losses, risk, delta)
-    return FROM_TOTALS[bound](losses.sum(axis=0), len(losses), risk)
+        return partial(_betting, losses, _bets(losses, delta))
+    return partial(FROM_TOTALS[bound], losses.sum(axis=0), len(losses))
 
 
 def upper_bounds_of(losses: NDArray, *, bound: str, delta: float) -> NDArray:
@@ -104,9 +113,10 @@ def upper_bounds_of(losses: NDArray, *, bound: str, delta: float) -> NDArray:
 
     The p-values fall as the risk rises, so halving finds them, from above: a bound is never too small.
     """
+    p_values = _p_values_by_risk(losses, bound=bound, delta=delta)
     refuted, standing = np.ones(losses.shape[1]), losses.mean(axis=0)
     for _ in range(HALVINGS):
         middle = (refuted + standing) / 2
-        small = p_values_of(losses, middle, bound=bound, delta=delta) <= delta
+        small = p_values(middle) <= delta
         refuted, standing = np.where(small, middle, refuted), np.where(small, standing, middle)
     return refuted
