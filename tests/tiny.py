@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import functools
+
 import torch
 from torch import nn
 from transformers import (
@@ -45,6 +48,26 @@ def tiny_config(family: str = "tied", **changes) -> T5Config:
     return T5Config(**(values | FAMILIES[family] | changes))
 
 
+def made_once(make):
+    """Decorator: models are made once per arguments, and every call gets a copy of its own, which it may change.
+
+    To make a pair takes as long as to generate with it. The generator of random numbers is left as by making.
+    """
+
+    @functools.lru_cache(maxsize=128)
+    def keep(args, kwargs):
+        return make(*args, **dict(kwargs)), torch.get_rng_state()
+
+    @functools.wraps(make)
+    def copied(*args, **kwargs):
+        models, state = keep(args, tuple(sorted(kwargs.items())))
+        torch.set_rng_state(state)
+        return copy.deepcopy(models)
+
+    return copied
+
+
+@made_once
 @torch.no_grad()
 def tiny_stock(family: str = "tied", seed: int = 0, dtype=torch.float64, **changes) -> T5ForConditionalGeneration:
     """A stock T5 whose source, position and depth all matter to what it says."""
@@ -78,6 +101,7 @@ def with_exits(stock: T5ForConditionalGeneration, early_exit: EarlyExitConfig | 
     return model.to(stock.device, stock.dtype).eval()
 
 
+@made_once
 def tiny_pair(family: str = "tied", seed: int = 0, dtype=torch.float64, early_exit=None, device="cpu", **changes):
     stock = tiny_stock(family, seed, dtype, **changes).to(device)
     return stock, with_exits(stock, early_exit)
@@ -124,7 +148,8 @@ def cut_to(stock: T5ForConditionalGeneration, layers: int) -> T5ForConditionalGe
     """The stock model with its first `layers` decoder layers only, on the same weights."""
     config = T5Config(**{**stock.config.to_dict(), "num_decoder_layers": layers})
     config.scale_decoder_outputs = stock.config.scale_decoder_outputs
-    cut = T5ForConditionalGeneration(config)
+    with torch.device("meta"):  # all that has weights is replaced
+        cut = T5ForConditionalGeneration(config)
     for name in ("shared", "encoder", "lm_head"):
         setattr(cut, name, getattr(stock, name))
     cut.decoder.embed_tokens = stock.decoder.embed_tokens

@@ -19,7 +19,7 @@ from hf_earlyexit.objectives import (
     SortedDepths,
 )
 from hf_earlyexit.training import EarlyExitTrainer
-from tests.tiny import VOCABULARY, tiny_stock, with_exits
+from tests.tiny import VOCABULARY, made_once, tiny_stock, with_exits
 
 
 OBJECTIVES = {
@@ -42,6 +42,7 @@ OBJECTIVES = {
 EXITS = EarlyExitConfig((1, 3, 5), ("norm", "linear", "shared"), ClassifierConfig("mlp", shared=False))
 
 
+@made_once
 def tiny(dropout: float = 0.0, early_exit: EarlyExitConfig = EXITS, seed: int = 0):
     return with_exits(tiny_stock(seed=seed, dtype=torch.float32, dropout_rate=dropout), early_exit)
 
