@@ -1,4 +1,7 @@
-"""Threads, the optional kernels, the device of tests marked gpu, and which tests are the laws."""
+"""What all tests share: threads, optional kernels, the device of tests marked gpu, and which tests are the laws.
+
+Torch is not imported before tests are collected: with `-n`, the process that hands out tests does without.
+"""
 
 from __future__ import annotations
 
@@ -7,18 +10,11 @@ import re
 from pathlib import Path
 
 import pytest
-import torch
-
-from hf_earlyexit.kernel_switch import optional_kernels
 
 
-# Tiny matrices gain nothing from threads, and test processes that each run several slow each other down. Who sets the
-# variable wants that number.
-torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-
-# Without the package's optional kernels, without those of torch, too.
-if not optional_kernels():
-    torch.backends.mkldnn.enabled = False
+# Tiny matrices gain nothing from threads, and test processes that each run several slow each other down. Whoever sets
+# the variable wants that number. It is read when torch is first imported, in every process that a test starts, too.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # `pytest -m law` runs the laws, their mutations not included: what must hold under any arithmetic. `.ci/run` runs them
 # under several. The rest of the suite is about files, commands, reports and numbers that are computed by hand.
@@ -43,20 +39,9 @@ LAWS = (
 )
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        if Path(item.path).stem in LAWS:
-            item.add_marker(pytest.mark.law)
-
-
 def pytest_addoption(parser: pytest.Parser) -> None:
     where = "where tests marked gpu run: CUDA where there is a device, if not given"
     parser.addoption("--device", choices=("cuda", "cpu"), default=None, help=where)
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    if config.getoption("--device") == "cuda" and not torch.cuda.is_available():
-        raise pytest.UsageError("--device cuda: there is no CUDA device here")
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
@@ -66,8 +51,34 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     return True if "mark.gpu" not in collection_path.read_text(encoding="utf-8") else None
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Set torch up as the environment says, and mark the laws."""
+    import torch
+
+    from hf_earlyexit.kernel_switch import optional_kernels
+
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    if not optional_kernels():  # then without those of torch, too
+        torch.backends.mkldnn.enabled = False
+    for item in items:
+        if Path(item.path).stem in LAWS:
+            item.add_marker(pytest.mark.law)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """With `-n`, a file is run by one process: what a fixture of a module makes is made once."""
+    from xdist.scheduler import LoadFileScheduling
+
+    return LoadFileScheduling(config, log)
+
+
 @pytest.fixture(scope="session")
-def device(pytestconfig: pytest.Config) -> torch.device:
+def device(pytestconfig: pytest.Config):
     """Of the tests marked gpu."""
+    import torch
+
     chosen = pytestconfig.getoption("--device")
+    if chosen == "cuda" and not torch.cuda.is_available():
+        raise pytest.UsageError("--device cuda: there is no CUDA device here")
     return torch.device(chosen or ("cuda" if torch.cuda.is_available() else "cpu"))
