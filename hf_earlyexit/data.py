@@ -13,9 +13,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, groupby
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from datasets import Dataset, load_dataset
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 
 # Input and target columns of well-known data sets, in the order in which they are looked for.
@@ -61,6 +63,8 @@ def read_file(path: str) -> Dataset:
         raise ValueError(f"{path!r} must end in one of {list(BUILDERS)}.")
     if not Path(path).is_file():
         raise FileNotFoundError(f"There is no file {path!r}.")
+    from datasets import load_dataset  # a second of imports, for those who read files
+
     options = {"delimiter": "\t"} if suffix == ".tsv" else {}
     return load_dataset(BUILDERS[suffix], data_files=path, split="train", **options)
 
