@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -20,9 +21,9 @@ def test_accumulated_batches_are_one_batch(objective, tmp_path):
     """Rows have 3 to 8 labels, so a mean of means would not do. By SGD, since Adam blows rounding up. (Where layers
     are left out at random, the same rows are not left out.)"""
     whole, parts = tiny(), tiny()
-    one = make_trainer(whole, tmp_path / "one", objective, max_steps=3, optim="sgd")
+    one = make_trainer(whole, tmp_path / "one", objective, max_steps=1, optim="sgd")
     accumulated = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
-    four = make_trainer(parts, tmp_path / "four", objective, max_steps=3, optim="sgd", **accumulated)
+    four = make_trainer(parts, tmp_path / "four", objective, max_steps=1, optim="sgd", **accumulated)
     one.train()
     four.train()
     assert losses(one) == pytest.approx(losses(four), rel=1e-5)
@@ -42,13 +43,27 @@ def test_stock_trainer_accumulates_as_it_should(tmp_path):
     assert found[0] == pytest.approx(found[1], rel=1e-5)
 
 
-@pytest.mark.parametrize("objective", OBJECTIVES)
+# Of an objective of the same class another loss of the same states; what is kept from step to step is the same.
+OTHER_LOSSES = {
+    "uniform, last again",
+    "layer skip",
+    "shallow deep, last",
+    "self-distillation, kl",
+    "self-distillation, choice",
+    "classifiers, unbalanced",
+}
+
+
+@pytest.mark.parametrize(
+    "objective",
+    [pytest.param(name, marks=[pytest.mark.slow] if name in OTHER_LOSSES else []) for name in OBJECTIVES],
+)
 def test_resumed_is_as_if_never_stopped(objective, tmp_path):
     """With dropout, over the end of an epoch; full depth before is that of the first start."""
     straight, stopped = tiny(dropout=0.1), tiny(dropout=0.1)
-    whole = make_trainer(straight, tmp_path / "straight", objective, max_steps=7)
+    whole = make_trainer(straight, tmp_path / "straight", objective, max_steps=5)
     expected = whole.train().metrics
-    half = make_trainer(stopped, tmp_path / "stopped", objective, max_steps=7, save_strategy="steps", save_steps=4)
+    half = make_trainer(stopped, tmp_path / "stopped", objective, max_steps=5, save_strategy="steps", save_steps=4)
 
     class Stop(TrainerCallback):
         def on_save(self, args, state, control, **kwargs):
@@ -56,7 +71,7 @@ def test_resumed_is_as_if_never_stopped(objective, tmp_path):
 
     half.add_callback(Stop())
     half.train()
-    again = make_trainer(tiny(dropout=0.1, seed=1), tmp_path / "stopped", objective, max_steps=7)
+    again = make_trainer(tiny(dropout=0.1, seed=1), tmp_path / "stopped", objective, max_steps=5)
     metrics = again.train(resume_from_checkpoint=True).metrics
     assert losses(again) == pytest.approx(losses(whole), rel=1e-5)
     assert_same_weights(again.model, straight)
@@ -88,7 +103,7 @@ def test_bf16_is_near_fp32(objective, tmp_path):
 
 @pytest.fixture(scope="module")
 def one_process() -> dict:
-    return launch(["accelerate.commands.launch", "--cpu", "--num_processes", "1"])
+    return trained()
 
 
 def launch(launcher: list[str]) -> dict:
@@ -103,10 +118,13 @@ def launch(launcher: list[str]) -> dict:
 @pytest.mark.parametrize(
     ("launcher", "processes"),
     [
-        # On a CPU accelerate 1.15 starts one process whatever it is told, unless through MPI; torchrun starts two.
-        (["accelerate.commands.launch", "--cpu", "--num_processes", "2"], {1, 2}),
         (["torch.distributed.run", "--nproc-per-node", "2"], {2}),
-        (["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"], {2}),
+        # On a CPU accelerate 1.15 starts one process whatever it is told, unless through MPI, or as if for GPUs, where
+        # it starts them through torchrun.
+        pytest.param(["accelerate.commands.launch", "--cpu", "--num_processes", "2"], {1, 2}, marks=pytest.mark.slow),
+        pytest.param(
+            ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"], {2}, marks=pytest.mark.slow
+        ),
     ],
 )
 def test_two_processes_give_the_loss_of_one(one_process, launcher, processes):
@@ -120,10 +138,15 @@ def test_two_processes_give_the_loss_of_one(one_process, launcher, processes):
 
 
 def under_launch() -> None:
-    """What each process of a launch does; the first one prints. Batches of all processes together are of 8 rows."""
-    import tempfile
-
+    """What each process of a launch does; the first one prints."""
     torch.set_num_threads(1)
+    found = trained()
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(json.dumps(found))
+
+
+def trained() -> dict:
+    """Losses and exits of two steps. Batches of all processes together are of 8 rows."""
     processes = int(os.environ.get("WORLD_SIZE", 1))
     options = {"max_steps": 2, "per_device_train_batch_size": 8 // processes}
     with tempfile.TemporaryDirectory() as folder:
@@ -131,9 +154,13 @@ def under_launch() -> None:
         trainer.train()
         by_process = make_trainer(tiny(), folder, average_tokens_across_devices=False, **options)
         by_process.train()
-        found = {"losses": losses(trainer), "by_process": losses(by_process), "report": trainer.report_exits()}
-        if trainer.is_world_process_zero():
-            print(json.dumps({**found, "processes": processes}))
+        report = trainer.report_exits()
+    return {
+        "losses": losses(trainer),
+        "by_process": losses(by_process),
+        "report": report,
+        "processes": processes,
+    }
 
 
 if __name__ == "__main__":
