@@ -3,6 +3,7 @@
 import io
 import re
 from contextlib import redirect_stdout
+from dataclasses import replace
 
 import pytest
 import torch
@@ -25,12 +26,19 @@ SUPERSCRIPTS = {ord(digit): None for digit in "⁰¹²³⁴⁵⁶⁷⁸⁹"}
 def demo_text() -> str:
     """What the demo prints, without colours, in lines so long that none is cut."""
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(io.StringIO()) as stdout:
-        patch.setattr(demo, "REPETITIONS", 2)
+        patch.setattr(demo, "REPETITIONS", 1)
         patch.setattr("hf_earlyexit.cli_generate.text_width", lambda: 10_000)
         threads = torch.get_num_threads()
         assert main(["demo", *FLAGS]) == 0
         assert torch.get_num_threads() == threads
     return stdout.getvalue()
+
+
+@pytest.fixture
+def few_inputs(monkeypatch):
+    """Two of the inputs, timed once, where the tests above have seen them all."""
+    monkeypatch.setattr(demo, "REPETITIONS", 1)
+    monkeypatch.setattr(demo, "default_inputs", lambda: default_inputs()[:2])
 
 
 @pytest.fixture(scope="module")
@@ -70,11 +78,10 @@ def test_demo_counts_what_a_direct_call_counts(demo_text, direct):
     assert numbers_behind("vocabulary heads run", demo_text)[:2] == [heads, full_heads]
 
 
-def test_demo_counts_what_is_scored_for_candidates(demo_text, monkeypatch, capsys):
-    monkeypatch.setattr(demo, "REPETITIONS", 1)
+def test_demo_counts_what_is_scored_for_candidates(demo_text, few_inputs, capsys):
     settings = {**EXITS, "exit_candidates": 8}
     model, tokenizer = load_default()
-    batch = tokenizer(default_inputs(), return_tensors="pt", padding=True)
+    batch = tokenizer(default_inputs()[:2], return_tensors="pt", padding=True)
     early = model.generate(**batch, **settings, max_new_tokens=4, return_dict_in_generate=True)
     assert main(["demo", *EXIT_FLAGS, "--exit-candidates", "8", "--max-new-tokens", "4"]) == 0
     name = "single tokens of the vocabulary scored besides"
@@ -150,20 +157,19 @@ def test_demo_says_how_it_measured_and_whether_it_was_slower(demo_text):
         said = re.search(rf"{words} ([\d.]+) of stock's time \((slower|faster)\)", demo_text)
         assert (said[2] == "slower") == (float(said[1]) > 1) or float(said[1]) == 1
         assert float(said[1]) == ratio == pytest.approx(early / stock, rel=0.1)
-    assert "medians of 2, 8 texts, 1 CPU thread" in demo_text
+    assert "medians of 1, 8 texts, 1 CPU thread" in demo_text
     assert "whose tokens equal plain Transformers'" in demo_text
 
 
-def test_demo_says_what_its_setting_is_worth_on_other_inputs(monkeypatch):
+def test_demo_says_what_its_setting_is_worth_on_other_inputs(few_inputs):
     """Only of the setting that this was measured for, which is the one it has if told nothing."""
-    monkeypatch.setattr(demo, "REPETITIONS", 1)
     exits = default_exits()
     _, ours = exits["rougeL"].values()
     claim = f"On {len(exits['layers_run'])} other inputs this setting has ROUGE-L {ours:.1f}"
     trial = demo.run_trial({}, max_new_tokens=2)
     assert trial.settings == exits["setting"] and claim in demo.about_texts(trial, 10_000)
-    other = demo.run_trial({"exit_criterion": "softmax", "exit_threshold": 0.77}, max_new_tokens=2)
-    assert "other inputs" not in demo.about_texts(other, 10_000)
+    other = demo.with_defaults({"exit_criterion": "softmax", "exit_threshold": 0.77})
+    assert "other inputs" not in demo.about_texts(replace(trial, settings=other), 10_000)
 
 
 def test_demo_has_no_escape_codes_when_it_is_not_a_terminal(demo_text):
@@ -171,8 +177,7 @@ def test_demo_has_no_escape_codes_when_it_is_not_a_terminal(demo_text):
     assert "word² = layer 2  word⁴ = layer 4  word⁶ = layer 6  plain = all 8" in demo_text
 
 
-def test_demo_colours_when_told_to(capsys, monkeypatch):
-    monkeypatch.setattr(demo, "REPETITIONS", 1)
+def test_demo_colours_when_told_to(capsys, few_inputs):
     fixed = ["--criterion", "fixed", "--exit-layer", "3", "--max-new-tokens", "3"]
     assert main(["demo", "--colour", "always", *fixed]) == 0
     text = capsys.readouterr().out
@@ -183,10 +188,8 @@ def test_demo_colours_when_told_to(capsys, monkeypatch):
     assert "²" not in text
 
 
-def test_demo_shows_a_text_of_nothing_but_padding_as_such():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(demo, "REPETITIONS", 1)
-        trial = demo.run_trial({"exit_criterion": "state"}, max_new_tokens=2)
+def test_demo_shows_a_text_of_nothing_but_padding_as_such(few_inputs):
+    trial = demo.run_trial({"exit_criterion": "state"}, max_new_tokens=2)
     trial.early.sequences[0] = 0
     assert "(no text: 2 tokens such as <pad>)" in demo.describe(trial, colour=False, width=100)
 

@@ -117,11 +117,11 @@ def test_evaluate_and_report(tmp_path, capsys):
     pytest.importorskip("matplotlib")
     pytest.importorskip("jinja2")
     output = tmp_path / "results.json"
-    grid = ["--curve", "classifier", "0.7", "--batch-sizes", "1", "2", "--batch-rules", "row", "--rounds", "2"]
+    grid = ["--curve", "classifier", "0.7", "--batch-sizes", "2", "--batch-rules", "row", "--rounds", "2"]
     assert main(["evaluate", "--max-inputs", "4", *QUICK, *grid, "--output", str(output)]) == 0
     *lines, last = capsys.readouterr().out.splitlines()
     files = {"output": str(output), "journal": f"{output}.journal"}
-    assert json.loads(last) == {**files, "cells": 18, "inputs": 4} and Path(files["journal"]).is_file()
+    assert json.loads(last) == {**files, "cells": 9, "inputs": 4} and Path(files["journal"]).is_file()
     assert any(line.startswith("classifier 0.7") for line in lines)
     assert "per token are: classifier " in " ".join(
         "\n".join(lines).partition("Oracle, a bound and no saving")[2].split()
@@ -155,7 +155,17 @@ def test_a_curve_that_is_named_twice_has_all_thresholds():
 
 def test_unseen_inputs_are_those_of_the_report_part(certified, tmp_path):
     file = write_rows(tmp_path / "inputs.csv", in_random_order(default_examples(), 40))
-    flags = ["--model", str(certified), "--file", str(file), "--prefix", "describe: ", "--unseen", *QUICK]
+    flags = [
+        "--model",
+        str(certified),
+        "--file",
+        str(file),
+        "--prefix",
+        "describe: ",
+        "--unseen",
+        "--max-new-tokens",
+        "2",
+    ]
     grid = ["--curve", "state", "0.9", "--batch-sizes", "4", "--batch-rules", "row", "--rounds", "2"]
     assert main(["evaluate", *flags, *grid, "--output", str(tmp_path / "results.json")]) == 0
     results = json.loads((tmp_path / "results.json").read_text())

@@ -45,21 +45,22 @@ def alone(stock, inputs, row: int, **kwargs):
     return generate(stock, laws.one_row(inputs, row), **kwargs)
 
 
-def test_never_equals_stock_on_200_inputs():
+@pytest.mark.parametrize("count", (48, pytest.param(200, marks=pytest.mark.slow)))
+def test_never_equals_stock(count):
     """Law 1 with the tie rule. Both are batches of 16, so they round alike and hardly ever tie."""
     assert len(set(INPUTS)) == 200
     stock, model, _ = shipped()
     ties = []
-    for inputs in batches(INPUTS):
+    for inputs in batches(INPUTS[:count]):
         output = generate(model, inputs)
         expected = generate(stock, inputs)
         ties += differences(output, expected)
     print("ties:", ties)
-    assert len(ties) <= 1 and all(tie.margin <= laws.TOLERANCE for tie in ties)
+    assert len(ties) <= 0.005 * count and all(tie.margin <= laws.TOLERANCE for tie in ties)
 
 
 @pytest.mark.parametrize("criterion", THRESHOLDS)
-@pytest.mark.parametrize("count", (16, pytest.param(200, marks=pytest.mark.slow)))
+@pytest.mark.parametrize("count", (5, pytest.param(200, marks=pytest.mark.slow)))
 def test_batch_equals_rows_alone(criterion, count):
     """Law 3 with the tie rule, at three thresholds; the ties are listed."""
     _, model, _ = shipped()
@@ -81,11 +82,12 @@ def test_batch_equals_rows_alone(criterion, count):
         assert len(depths - {0}) >= 3
 
 
-def test_fixed_exit_equals_cut_stock():
+@pytest.mark.parametrize("count", (16, pytest.param(32, marks=pytest.mark.slow)))
+def test_fixed_exit_equals_cut_stock(count):
     """Law 2 on a trained model, with the tie rule; an exit has its own norm."""
     stock, model, _ = shipped()
     ties = []
-    for inputs in batches(INPUTS[:32]):
+    for inputs in batches(INPUTS[:count]):
         for layer in (1, 3, 6, 8):
             output = generate(model, inputs, exit_criterion="fixed", exit_layer=layer)
             cut = tiny.cut_to(stock, layer)
