@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 
-from tests.scripts import run_script
-
 import pytest
+
+from tests.scripts import SCRIPTS, run_script
 
 
 def test_quick_run(tmp_path):
@@ -47,12 +47,12 @@ def test_quick_run_of_a_device(tmp_path):
     """On a CPU: every way to decode has its time or says why not, ratios follow from times, and steps are counted."""
     results = tmp_path / "device.json"
     chosen = ["--device", "cpu", "--quick", "--batch", "1", "--json-out", str(results)]
-    run = subprocess.run([sys.executable, str(SCRIPT), *chosen], capture_output=True, text=True, check=True)
+    run = run_script("benchmark.py", *chosen, cwd=tmp_path)
+    assert run.returncode == 0
     result = json.loads(results.read_text())
     rows = {row["name"]: row for row in result["rows"]}
+    assert all(row["status"] == "measured" for row in rows.values()), "nothing failed or was left out"
     assert {"stock eager", "plain", "prepared", "graphs", "graphs + compile", "exit 1/2", "floor"} <= set(rows)
-    measured = {name for name, row in rows.items() if row["status"] == "measured"}
-    assert set(rows) - measured <= {"graphs + compile"}, "only what this torch cannot compile may fail"
     depths = {"exit 1/4": 1, "exit 1/2": 2, "exit 3/4": 3, "plain": 4, "softmax in vain": 4, "classifier in vain": 4}
     assert {name: rows[name]["mean_layers"] for name in depths} == depths
     launches = {name: rows[name]["per_step"]["kernel_launches"] for name in ("stock eager", "plain", "exit 1/4")}
@@ -64,7 +64,7 @@ def test_quick_run_of_a_device(tmp_path):
 
 
 def test_counts_of_a_trace(monkeypatch):
-    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    monkeypatch.syspath_prepend(str(SCRIPTS))
     from benchmark_device_counts import counts_of_trace
 
     calls = ["cudaLaunchKernel", "cudaLaunchKernelExC", "cudaGraphLaunch", "cudaStreamSynchronize", "cudaMalloc"]
