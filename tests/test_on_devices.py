@@ -230,7 +230,9 @@ def test_a_batch_is_its_rows_alone(way, dtype, device):
     assert_greedy(batch, SEED)
 
 
-@pytest.mark.parametrize("settings", [{"exit_criterion": "softmax", "exit_threshold": 0.1}, scripted(7)], ids=str)
+@pytest.mark.parametrize(
+    "settings", [{"exit_criterion": "softmax", "exit_threshold": 0.1}, scripted(7)], ids=["softmax", "scripted"]
+)
 @pytest.mark.parametrize("fill", ["lazy", "eager"])
 @dtypes
 def test_work_reported_is_work_executed(dtype, fill, settings, device):
