@@ -54,13 +54,21 @@ def captured():
 # --- the laws -------------------------------------------------------------------------------------------------------
 
 
+# One region of two layers. Tracing is paid for per layer and number of rows; all layers are two regions.
+SHORT = {"num_layers": 1, "num_decoder_layers": 2}
+
+
 @pytest.mark.parametrize(
-    "family, options",
-    [*((family, {}) for family in FAMILIES), ("untied", {"num_beams": 3}), ("tied", {"do_sample": True})],
+    "family, options, shape",
+    [
+        *((family, {}, {} if family == "untied" else SHORT) for family in FAMILIES),
+        ("untied", {"num_beams": 3}, SHORT),
+        ("tied", {"do_sample": True}, SHORT),
+    ],
     ids=str,
 )
-def test_never_is_stock(family, options, captured, all_rows):
-    stock, model = tiny_pair(family, 1)
+def test_never_is_stock(family, options, shape, captured, all_rows):
+    stock, model = tiny_pair(family, 1, **shape)
     torch.manual_seed(1)
     expected = laws.stock_generate(stock, tiny_inputs(4, 1), 1, **options)
     torch.manual_seed(1)
@@ -82,9 +90,9 @@ def test_single_rows_of_a_batch_are_compiled(rows, captured):
     assert {graph.rows for graph in captured.graphs} == {1}
 
 
-@pytest.mark.parametrize("rows", [1, 4, 7])
-def test_scripts_follow_the_walk_without_compiling(rows, captured, all_rows):
-    for seed in (0, 1):
+@pytest.mark.parametrize("rows, seeds", [(1, (0, 1)), (4, (0,)), (7, (1,))])
+def test_scripts_follow_the_walk_without_compiling(rows, seeds, captured, all_rows):
+    for seed in seeds:
         _, model = tiny_pair("untied", seed)
         script = {"exit_criterion": Scripted(pseudo_random_script(seed, NUM_LAYERS)), "exit_threshold": 0.5}
         expected = laws.generate(model, tiny_inputs(rows, seed), seed, **script)
@@ -98,8 +106,9 @@ def test_scripts_follow_the_walk_without_compiling(rows, captured, all_rows):
         laws.assert_not_vacuous(output)
 
 
-@pytest.mark.parametrize("criterion, threshold", [("softmax", 0.08), ("state", 0.75), ("patience", 0.5)])
-@pytest.mark.parametrize("fill", ["lazy", "eager"])
+@pytest.mark.parametrize(
+    "criterion, threshold, fill", [("softmax", 0.08, "lazy"), ("state", 0.75, "eager"), ("patience", 0.5, "lazy")]
+)
 def test_criteria_follow_the_walk_without_compiling(criterion, threshold, fill, captured, all_rows):
     _, model = tiny_pair("untied", 1)
     call = {"exit_criterion": criterion, "exit_threshold": threshold, "fill": fill}
@@ -162,22 +171,22 @@ def test_many_rows_come_in_powers_of_two(captured, all_rows):
     script = pseudo_random_script(5, 3)
     criterion = Scripted(lambda row, position: 2 * script(row, position))
     call = {"exit_criterion": criterion, "exit_threshold": 0.5}
-    expected = laws.generate(model, tiny_inputs(9), max_new_tokens=60, ends=None, **call)
-    output = laws.generate(model, tiny_inputs(9), max_new_tokens=60, ends=None, **call, **captured.keywords)
+    expected = laws.generate(model, tiny_inputs(5), max_new_tokens=40, ends=None, **call)
+    output = laws.generate(model, tiny_inputs(5), max_new_tokens=40, ends=None, **call, **captured.keywords)
     assert torch.equal(output.sequences, expected.sequences)
     assert torch.equal(output.layers_run, expected.layers_run)
     sizes = [graph.rows for graph in captured.graphs]
     assert len(sizes) == len(set(sizes)) >= 3, "all stretches are two layers long"
-    assert set(sizes) <= {1, 2, 4, 8, 16}
+    assert set(sizes) <= {1, 2, 4, 8}
 
 
-@pytest.mark.parametrize("rows", [1, 8])
+@pytest.mark.parametrize("rows", [1, 4])
 def test_warm_up_leaves_nothing_to_compile(rows, captured, all_rows):
-    _, model = tiny_pair("untied", 0, early_exit=EarlyExitConfig([1, 4]))
+    _, model = tiny_pair("untied", 0, early_exit=EarlyExitConfig([1, 3]), num_decoder_layers=4)
     model.warm_up(batch_size=rows, compile_config=captured.keywords["compile_config"])
     graphs = len(captured.graphs)
     assert model.is_prepared and graphs
-    script = pseudo_random_script(5, NUM_LAYERS)
+    script = pseudo_random_script(5, 4)
     call = {"exit_criterion": Scripted(script), "exit_threshold": 0.5, **captured.keywords}
     laws.generate(model, tiny_inputs(rows), max_new_tokens=40, ends=None, **call)
     assert len(captured.graphs) == graphs
@@ -236,12 +245,12 @@ class Interrupting:
 
 
 def test_after_an_interruption_the_model_is_as_it_was(captured, all_rows):
-    _, model = tiny_pair("untied", 1)
-    expected = laws.generate(model, tiny_inputs(4, 1), 1, **captured.keywords)
+    _, model = tiny_pair("untied", 1, num_decoder_layers=4)
+    expected = laws.generate(model, tiny_inputs(2, 1), 1, **captured.keywords)
     with pytest.raises(KeyboardInterrupt):
         call = {"exit_criterion": Interrupting(2), "exit_threshold": 0.5}
-        laws.generate(model, tiny_inputs(4, 1), 1, **call, **captured.keywords)
-    again = laws.generate(model, tiny_inputs(4, 1), 1, **captured.keywords)
+        laws.generate(model, tiny_inputs(2, 1), 1, **call, **captured.keywords)
+    again = laws.generate(model, tiny_inputs(2, 1), 1, **captured.keywords)
     assert torch.equal(again.sequences, expected.sequences)
 
 

@@ -19,7 +19,7 @@ SEEDS = (0, 1, 2)
 @pytest.mark.parametrize("batch_size", (1, 4, 7))
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float64))
 def test_never_equals_stock(family, batch_size, dtype):
-    for seed in SEEDS:
+    for seed in SEEDS if batch_size == 4 else SEEDS[2:]:
         stock, model = tiny_pair(family, seed, dtype)
         output = laws.never_equals_stock(stock, model, tiny_inputs(batch_size, seed), seed)
     if batch_size > 1:
@@ -56,9 +56,10 @@ def test_never_is_never_under_every_schedule(schedule):
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float64))
 def test_fixed_exit_equals_cut_stock(family, dtype):
+    """After every layer once, over models of several seeds."""
     for seed in SEEDS:
         stock, model = tiny_pair(family, seed, dtype)
-        for layer in range(1, NUM_LAYERS + 1):
+        for layer in range(1 + seed, NUM_LAYERS + 1, len(SEEDS)):
             laws.fixed_exit_equals_cut_stock(stock, model, tiny_inputs(4, seed), layer, seed)
     laws.fixed_exit_equals_cut_stock(stock, model, tiny_inputs(3, seed), 2, seed, num_beams=3)
 
@@ -66,7 +67,7 @@ def test_fixed_exit_equals_cut_stock(family, dtype):
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("batch_size", (4, 7))
 def test_batch_equals_rows_alone_under_scripts(family, batch_size):
-    for seed in SEEDS:
+    for seed in SEEDS if batch_size == 4 else SEEDS[:1]:
         _, model = tiny_pair(family, seed)
         output = laws.scripted_batch_equals_rows_alone(model, seed, batch_size)
         laws.assert_not_vacuous(output)
@@ -78,7 +79,7 @@ def test_batch_equals_rows_alone_under_criteria(criterion):
     depths = set()
     for seed in SEEDS:
         _, model = tiny_pair("untied", seed)
-        inputs = tiny_inputs(7, seed)
+        inputs = tiny_inputs(4, seed)
         threshold = threshold_for(model, inputs, CRITERIA[criterion](), 0.7, max_new_tokens=16)
         output = laws.batch_equals_rows_alone(model, inputs, lambda row: criterion, threshold, seed)
         depths |= set(output.layers_run.flatten().tolist())
@@ -86,7 +87,7 @@ def test_batch_equals_rows_alone_under_criteria(criterion):
 
 
 def test_batch_equals_rows_alone_with_beams():
-    for seed in SEEDS:
+    for seed in SEEDS[:2]:
         _, model = tiny_pair("untied", seed)
         inputs = tiny_inputs(4, seed)
         threshold = threshold_for(model, inputs, laws.CRITERIA["softmax"], 0.8, max_new_tokens=16)
@@ -100,7 +101,7 @@ def test_batch_equals_rows_alone_with_beams():
 @pytest.mark.parametrize("criterion", ("softmax", "state"))
 def test_batch_equals_rows_alone_or_tied_in_fp32(criterion):
     ties = []
-    for seed in SEEDS:
+    for seed in SEEDS[:2]:
         _, model = tiny_pair("untied", seed, torch.float32)
         inputs = tiny_inputs(7, seed)
         threshold = threshold_for(model, inputs, laws.CRITERIA[criterion], 0.7, max_new_tokens=16)
@@ -227,12 +228,13 @@ def test_rows_that_have_ended_run_nothing_and_hold_nobody_back():
     assert outlived
 
 
-def test_beyond_a_thousand_tokens():
+@pytest.mark.parametrize("tokens, farthest", [(300, 150), pytest.param(1100, 600, marks=pytest.mark.slow)])
+def test_many_tokens(tokens, farthest):
     """The arena grows several times, the relative bias with it, and old debts are paid."""
-    stock, model = tiny_pair("tied", 7, torch.float32, num_decoder_layers=3, relative_attention_max_distance=600)
+    stock, model = tiny_pair("tied", 7, torch.float32, num_decoder_layers=3, relative_attention_max_distance=farthest)
     inputs = tiny_inputs(2, 7)
     script = lambda row, position: 3 if position % 67 == 66 else 1 + (position + row) % 2  # noqa: E731
-    lazy, _ = laws.follows_frozen_rows(stock, model, inputs, script, max_new_tokens=1100, ends=[])
-    assert lazy.layers_run.shape == (2, 1100)
-    assert lazy.cache.capacity >= 1100
+    lazy, _ = laws.follows_frozen_rows(stock, model, inputs, script, max_new_tokens=tokens, ends=[])
+    assert lazy.layers_run.shape == (2, tokens)
+    assert lazy.cache.capacity >= tokens
     assert (lazy.layers_run > 0).all()

@@ -41,8 +41,14 @@ def examples() -> list[Example]:
 
 
 @pytest.fixture(scope="module")
-def found(shipped, examples):
-    return calibrate_model(*shipped, examples, LAX, USE, SEARCH, data_name="some")
+def written(tmp_path_factory):
+    """A journal of what full depth and settings write under `USE`, which no promise, loss or order changes."""
+    return tmp_path_factory.mktemp("calibration") / "journal"
+
+
+@pytest.fixture(scope="module")
+def found(shipped, examples, written):
+    return calibrate_model(*shipped, examples, LAX, USE, SEARCH, path=written, data_name="some")
 
 
 def texts_of(shipped, examples, **keywords) -> list[str]:
@@ -87,17 +93,18 @@ def test_costs_are_of_the_select_part_and_the_best_curve_goes_on(found):
     assert all(row["cost"] == pytest.approx(costs[row["name"]]) for row in found.certificate.table)
 
 
-def test_a_curve_that_is_too_bad_on_the_select_part_is_passed_over(shipped, examples):
+def test_a_curve_that_is_too_bad_on_the_select_part_is_passed_over(shipped, examples, written):
     """The eager curve is cheaper, but nothing of it is good."""
     curves = {"softmax:1": [0.0], "classifier": [0.98]}
     search = replace(SEARCH, curves=curves)
-    certificate = calibrate_model(*shipped, examples, Promise(0.3), USE, search).certificate
+    certificate = calibrate_model(*shipped, examples, Promise(0.3), USE, search, path=written).certificate
     assert {row["curve"] for row in certificate.table} == {"classifier"}
 
 
-def test_pareto_order_tests_all_curves_as_one_with_all_of_delta(shipped, examples):
+def test_pareto_order_tests_all_curves_as_one_with_all_of_delta(shipped, examples, written):
     """From the smallest loss to the smallest cost on the select part; who is beaten in both is not tested."""
-    found = calibrate_model(*shipped, examples, Promise(0.4), USE, replace(SEARCH, order="pareto"))
+    search = replace(SEARCH, order="pareto")
+    found = calibrate_model(*shipped, examples, Promise(0.4), USE, search, path=written)
     select, rows = found.tables["select"], found.certificate.table
     points = dict(zip(select.names, zip(select.losses.mean(axis=0), select.layers)))
     tested = [points[row["name"]] for row in rows]
@@ -124,9 +131,9 @@ def test_pareto_front_by_hand():
     assert pareto_front(table, costs, below=0.1) == []
 
 
-def test_several_finalists_share_delta(shipped, examples):
+def test_several_finalists_share_delta(shipped, examples, written):
     search = replace(SEARCH, finalists=2)
-    found = calibrate_model(*shipped, examples, Promise(0.4), USE, search)
+    found = calibrate_model(*shipped, examples, Promise(0.4), USE, search, path=written)
     names = [row["name"] for row in found.certificate.table]
     assert len({row["curve"] for row in found.certificate.table}) == 2 and len(names) == 4
     for curve in CURVES:
@@ -140,8 +147,8 @@ def test_several_finalists_share_delta(shipped, examples):
     assert found.certificate.risk["cost"] == min(row["cost"] for row in accepted)
 
 
-def test_reference_losses_are_signed_and_of_all_references(shipped, examples):
-    found = calibrate_model(*shipped, examples, Promise(0.5, "rougeL_drop"), USE, SEARCH)
+def test_reference_losses_are_signed_and_of_all_references(shipped, examples, written):
+    found = calibrate_model(*shipped, examples, Promise(0.5, "rougeL_drop"), USE, SEARCH, path=written)
     part = split_by_unit(examples, SEARCH.shares)["calibrate"]
     candidate = found.tables["calibrate"].candidates[-1]
     pairs = zip(texts_of(shipped, part, early_exit=False), texts_of(shipped, part, **candidate.keywords), part)
@@ -271,11 +278,12 @@ def test_fallback_under_the_rules_of_batches(shipped, examples, rule):
     assert certificate.setting == {"early_exit": False} and certificate.unit == "batch of 2 inputs"
 
 
-def test_what_costs_no_less_than_full_depth_is_not_used(shipped, examples):
+def test_what_costs_no_less_than_full_depth_is_not_used(shipped, examples, written):
     search = replace(SEARCH, curves={"softmax:7": [1.0]})
-    certificate = calibrate_model(*shipped, examples, LAX, USE, search).certificate
+    certificate = calibrate_model(*shipped, examples, LAX, USE, search, path=written).certificate
     assert not certificate.certified and certificate.reason == NONE_FASTER and certificate.table[0]["accepted"]
-    pareto = calibrate_model(*shipped, examples, LAX, USE, replace(search, order="pareto")).certificate
+    search = replace(search, order="pareto")
+    pareto = calibrate_model(*shipped, examples, LAX, USE, search, path=written).certificate
     assert not pareto.certified and pareto.reason == NONE_FASTER and pareto.table == []
 
 
@@ -302,8 +310,9 @@ def test_groups_are_units(shipped, examples):
     assert found.tables["calibrate"].losses[0, 0] == pytest.approx(expected)
 
 
-def test_conformal_risk_control_has_no_delta(shipped, examples):
-    certificate = calibrate_model(*shipped, examples, replace(LAX, method="crc"), USE, SEARCH).certificate
+def test_conformal_risk_control_has_no_delta(shipped, examples, written):
+    promise = replace(LAX, method="crc")
+    certificate = calibrate_model(*shipped, examples, promise, USE, SEARCH, path=written).certificate
     assert certificate.certified and certificate.delta is None and certificate.bound is None
     assert certificate.table[0]["p_value"] is None and certificate.in_words().startswith("In expectation over")
 

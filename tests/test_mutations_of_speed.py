@@ -45,11 +45,11 @@ def compiled_frozen_rows():
     script = pseudo_random_script(1, 3)
     call = {"exit_criterion": Scripted(lambda row, position: 2 * script(row, position)), "exit_threshold": 0.5}
     call |= {"exit_layers": [2, 4]}
-    expected = laws.generate(model, tiny_inputs(5, 1), 1, **call)
+    expected = laws.generate(model, tiny_inputs(3, 1), 1, **call)
     keywords = {"cache_implementation": "static", "compile_config": CompileConfig(backend="eager")}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(t5_compiled, "most_rows", lambda own_cache: own_cache.num_rows)
-        output = laws.generate(model, tiny_inputs(5, 1), 1, **call, **keywords)
+        output = laws.generate(model, tiny_inputs(3, 1), 1, **call, **keywords)
     assert torch.equal(output.sequences, expected.sequences)
     for mine, others in zip(output.logits, expected.logits):
         torch.testing.assert_close(mine, others)

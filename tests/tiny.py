@@ -62,7 +62,10 @@ def made_once(make):
     def copied(*args, **kwargs):
         models, state = keep(args, tuple(sorted(kwargs.items())))
         torch.set_rng_state(state)
-        return copy.deepcopy(models)
+        copies = copy.deepcopy(models)
+        for one in copies if isinstance(copies, tuple) else (copies,):
+            one.to(one.dtype)  # with which making ends; it sets what a copy leaves out, that nothing is prepared
+        return copies
 
     return copied
 
