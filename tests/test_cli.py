@@ -1,8 +1,8 @@
 """The command line as a whole: verbs, help, environment."""
 
 import re
+import runpy
 import shlex
-import subprocess
 import sys
 
 import pytest
@@ -64,8 +64,11 @@ def test_the_examples_of_the_help_are_read(verb):
         assert build_parser().parse_args(arguments)
 
 
-def test_the_package_runs_as_a_module():
-    finished = subprocess.run([sys.executable, "-m", "hf_earlyexit", "--help"], capture_output=True, text=True)
-    assert finished.returncode == 0
-    assert "usage: hf-earlyexit" in finished.stdout
-    assert all(verb.name in finished.stdout for verb in VERBS)
+def test_the_package_runs_as_a_module(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["hf_earlyexit", "--help"])
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_module("hf_earlyexit", run_name="__main__", alter_sys=True)
+    text = capsys.readouterr().out
+    assert stopped.value.code == 0
+    assert "usage: hf-earlyexit" in text
+    assert all(verb.name in text for verb in VERBS)
