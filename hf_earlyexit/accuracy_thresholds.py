@@ -20,6 +20,7 @@ from numpy.typing import ArrayLike, NDArray
 from hf_earlyexit.config import is_integer, is_number
 from hf_earlyexit.policies import CRITERIA, ExitCriterion, ExitPoint
 from hf_earlyexit.separating import separating_thresholds
+from hf_earlyexit.transfer import to_host
 
 
 NAME = "accuracy"
@@ -116,7 +117,7 @@ class ExitAccuracy:
     def confidence(self, point: ExitPoint) -> torch.Tensor:
         """In fp64 and on the CPU: what was to be read of the device has been read."""
         table = self._by_layer[point.layer]
-        sure = self._asked.confidence(point).tolist()
+        sure = to_host(self._asked.confidence(point))
         return torch.tensor([table.share(confidence) for confidence in sure], dtype=torch.float64)
 
     def thresholds_for(self, target: float) -> dict[int, float | None]:

@@ -228,8 +228,8 @@ class EarlyExitCache(Cache):
         if self.cross_keys[layer - 1] is None:
             shape = (self.num_rows, *keys.shape[1:])
             self.cross_keys[layer - 1], self.cross_values[layer - 1] = keys.new_empty(shape), values.new_empty(shape)
-        newcomers.place(self.cross_keys[layer - 1], keys)
-        newcomers.place(self.cross_values[layer - 1], values)
+        for held, new in ((self.cross_keys[layer - 1], keys), (self.cross_values[layer - 1], values)):
+            newcomers.place(held, new.to(held.dtype))  # which autocast may have made half
         for row in newcomers:
             filled[row] = True
 

@@ -40,7 +40,11 @@ class CompileOptions:
 
     @classmethod
     def of(cls, config: GenerationConfig, device: torch.device) -> CompileOptions | None:
-        """Those of a prepared generation config; None where nothing is to be compiled or recorded."""
+        """Those of a prepared generation config; None where nothing is to be compiled or recorded.
+
+        Raises:
+            ValueError: The compiler is to record CUDA graphs.
+        """
         if config.cache_implementation != "static":
             return None
         if config.disable_compile:
@@ -49,6 +53,11 @@ class CompileOptions:
         if given is None:
             return cls()
         options = None if given.options is None else tuple(sorted(given.options.items()))
+        if given.backend == "cudagraphs" or dict(options or ()).get("triton.cudagraphs"):
+            raise ValueError(
+                "`compile_config` asks the compiler for CUDA graphs, which are recorded here: leave "
+                '`backend="cudagraphs"` and `options={"triton.cudagraphs": True}` out.'
+            )
         return cls(given.backend, None if options else MODES.get(given.mode, given.mode), options)
 
     def for_one_row(self) -> CompileOptions:

@@ -7,7 +7,6 @@ file knows of an encoder-decoder model what the library's loops know; a family's
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -205,26 +204,41 @@ class EarlyExitGenerationMixin(CertifiedMixin, PreparedMixin):
             exit_criterion: Likewise; that of `generation_config` if None. Graphs evaluate it.
 
         Raises:
-            ValueError: The decoder cannot be prepared, or an exit layer is none of the model's.
+            ValueError: The decoder cannot be prepared, or the model has no such exit layer or criterion.
         """
         options = {"compile_config": compile_config, "disable_compile": disable_compile}
         config = GenerationConfig(cache_implementation="static", **options)
         exit_points = self._layers_to_ask(exit_layers) if early_exit else ()
+        criterion = self._criterion_to_record(exit_criterion, exit_points)
         walk = stretches(self.config.num_decoder_layers, exit_points)
         compiling = CompileOptions.of(config, self.device)
+        if self._records_graphs(compiling):
+            self.refuse_unrecordable(self)
         copy = self._copy_for_call(needed=True)
         states = torch.zeros(batch_size, source_length, self.config.d_model, dtype=self.dtype, device=self.device)
         fill = self._fill(ExitSettings(), compiling)
         cache = self._cache_for(None, states, static_capacity(max_new_tokens + 1), fill)
         cache.attach_encoder(states)
         decoder = self._new_decoder(copy, cache, compiling=compiling)
-        stored = ExitSettings.merge({}, None, self.generation_config)
-        if exit_points and exit_criterion is not None:
-            stored = dataclasses.replace(stored, exit_criterion=exit_criterion)
-        if exit_points and stored.exit_criterion is not None:
-            decoder.expect(stored.criterion, exit_points)
+        if criterion is not None:
+            decoder.expect(criterion, exit_points)
         for _ in tqdm(decoder.warm_up(walk, cache), desc="Compiling", unit="graph"):
             pass
+
+    def _criterion_to_record(
+        self, given: str | ExitCriterion | None, exit_points: Collection[int]
+    ) -> ExitCriterion | None:
+        """The criterion given, or that of the stored settings; None without exit points or for a fixed layer.
+
+        Raises:
+            ValueError: There is no such criterion, or the model has nothing to evaluate it with.
+        """
+        given = self.generation_config.__dict__.get("exit_criterion") if given is None else given
+        if not exit_points or given in (None, "fixed"):
+            return None
+        settings = ExitSettings.merge({"exit_criterion": given, "exit_threshold": 1.0}, None, None)
+        settings.check_against(self.early_exit, self.config.num_decoder_layers, self.config.vocab_size)
+        return settings.criterion
 
     def _layers_to_ask(self, exit_layers: Sequence[int] | None) -> Collection[int]:
         """Those given, or those of the stored settings, or all exit points of the model.
@@ -259,6 +273,8 @@ class EarlyExitGenerationMixin(CertifiedMixin, PreparedMixin):
         """Settle what a call decodes with; without early exit, what cannot be compiled here is left to the library."""
         try:
             compiling = CompileOptions.of(generation_config, self.device)
+            if self._records_graphs(compiling):
+                self.refuse_unrecordable(self)
             generation_config._exit_copy = self._copy_for_call(needed=compiling is not None)
         except ValueError:
             if settings.asks:
@@ -278,7 +294,8 @@ class EarlyExitGenerationMixin(CertifiedMixin, PreparedMixin):
         capacity = static_capacity(max_length) if is_static else min(max_length, 128)
         compiling = generation_config._exit_compiling
         room = 1 if self._records_graphs(compiling) else capacity  # graphs bring their own arena
-        cache = self._cache_for(model_kwargs.get(CACHE), states, room, self._fill(settings, compiling))
+        own: EarlyExitCache | None = model_kwargs.get(CACHE)
+        cache = self._cache_for(own, states, room, self._fill(settings, compiling, own))
         cache.attach_encoder(states, rows_per_prompt=max(1, len(states) // batch_size))
         model_kwargs[CACHE] = cache
         masks = (model_kwargs.get("attention_mask"), model_kwargs.get("decoder_attention_mask"))
@@ -295,10 +312,14 @@ class EarlyExitGenerationMixin(CertifiedMixin, PreparedMixin):
         if settings.asks:
             decoder.expect(settings.criterion, generation_config._exit_run.exit_points)
 
-    def _fill(self, settings: ExitSettings, compiling: CompileOptions | None) -> str:
+    def _fill(
+        self, settings: ExitSettings, compiling: CompileOptions | None, own: EarlyExitCache | None = None
+    ) -> str:
         """When keys and values of skipped layers are projected."""
         if settings.fill is not None:
             return settings.fill
+        if own is not None:
+            return own.fill
         return "eager" if self._records_graphs(compiling) else "lazy"
 
     def _get_stopping_criteria(self, generation_config, *args, **kwargs) -> StoppingCriteriaList:

@@ -26,6 +26,11 @@ MOST_IDLE = 4
 LARGEST_DOUBLING = 512
 
 
+# Held while a graph is recorded, and where random numbers are drawn on a device: before torch 2.13 a generator does
+# not tell the thread that records from those that go on.
+RECORDING = threading.RLock()
+
+
 class CudaRecorder:
     """Records functions as CUDA graphs that share one memory pool, so they must not run at the same time.
 
@@ -60,7 +65,7 @@ class CudaRecorder:
 
         It must be safe to run twice on the same buffers, and may not read anything on the host.
         """
-        with torch.cuda.device(self.device):
+        with RECORDING, torch.cuda.device(self.device):
             self.stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self.stream):
                 function()  # libraries are initialised and kernels compiled outside of the graph
@@ -89,9 +94,13 @@ def no_collection() -> Iterator[None]:
             gc.enable()
 
 
-def recorder_for(device: torch.device) -> CudaRecorder | None:
-    """A recorder of graphs on this device, or None where there are none."""
-    return CudaRecorder(device) if device.type == "cuda" else None
+# By type of device, what records graphs there.
+RECORDERS: dict[str, Callable[[torch.device], Any]] = {"cuda": CudaRecorder}
+
+
+def are_recorded_on(device: torch.device) -> bool:
+    """Whether graphs are recorded on such a device."""
+    return device.type in RECORDERS
 
 
 class Workspace:
@@ -99,14 +108,14 @@ class Workspace:
 
     Args:
         recorder: Of the device.
-        buffers: By name; whoever records graphs says what they are.
+        buffers: By name.
     """
 
-    def __init__(self, recorder: CudaRecorder, buffers: dict[str, torch.Tensor]):
+    def __init__(self, recorder: Any, buffers: dict[Hashable, torch.Tensor]):
         self.recorder, self.buffers = recorder, buffers
         self.graphs: dict[Hashable, Replay] = {}
 
-    def buffer(self, name: str, make: Callable[[], torch.Tensor]) -> torch.Tensor:
+    def buffer(self, name: Hashable, make: Callable[[], torch.Tensor]) -> torch.Tensor:
         """The buffer of that name, made when it is first asked for."""
         if name not in self.buffers:
             with torch.inference_mode(False):  # what inference mode makes can be written in inference mode alone
@@ -138,7 +147,7 @@ class Room(NamedTuple):
 
 
 class Loan(NamedTuple):
-    """A workspace that belongs to somebody, until `end` is called."""
+    """A workspace that is in use, until `end` is called."""
 
     room: Room
     workspace: Workspace
@@ -148,24 +157,27 @@ class Loan(NamedTuple):
 class WorkspacePool:
     """Workspaces by what they have room for. One belongs to one call at a time, from whatever thread.
 
-    A call keeps its workspace until the object that it was lent to is collected, the cache that `generate` returns:
-    nothing is overwritten that somebody may still read.
+    A call keeps its workspace until the cache that it was lent for, which `generate` returns, is collected: as long as
+    that cache is referenced no later call writes to it. Tensors taken from it do not count.
     """
 
     def __init__(self):
-        self._idle: list[tuple[Room, Workspace]] = []
+        self._idle: list[tuple[Room, Workspace]] = []  # the one used last is the last
         self._lent: weakref.WeakKeyDictionary[Any, Loan] = weakref.WeakKeyDictionary()
         self._lock = threading.RLock()  # a collection inside of it may bring a workspace back
 
     def lend(self, owner: Any, room: Room, make: Callable[[Room], Workspace]) -> Workspace:
         """The workspace that `owner` has, if it serves, else the smallest idle one that does, or a new one."""
-        loan = self._lent.get(owner)
-        if loan is not None and not loan.room.serves(room):
-            loan.end()
-            loan = None
+        with self._lock:
+            loan = self._lent.get(owner)
+            if loan is not None and not loan.room.serves(room):
+                del self._lent[owner]
+                loan.end()
+                loan = None
+            idle = None if loan is not None else self._take_idle(room)
         if loan is None:
-            room, workspace = self._take_idle(room) or (room, make(room))
-            end = weakref.finalize(owner, self._take_back, room, workspace)
+            room, workspace = idle or (room, self._make(room, make))
+            end = weakref.finalize(owner, give_back, weakref.ref(self), room, workspace)
             end.atexit = False
             loan = self._lent[owner] = Loan(room, workspace, end)
         loan.workspace.recorder.take_over()
@@ -175,18 +187,33 @@ class WorkspacePool:
         """The workspace that `owner` has."""
         return self._lent[owner].workspace
 
-    def _take_idle(self, needed: Room) -> tuple[Room, Workspace] | None:
-        with self._lock:
-            del self._idle[:-MOST_IDLE]
-            places = [place for place, (room, _) in enumerate(self._idle) if room.serves(needed)]
-            return self._idle.pop(min(places, key=lambda place: self._idle[place][0])) if places else None
+    def _make(self, room: Room, make: Callable[[Room], Workspace]) -> Workspace:
+        """A new workspace; where memory runs out, idle ones are dropped for it."""
+        try:
+            return make(room)
+        except torch.OutOfMemoryError:
+            with self._lock:
+                self._idle.clear()
+            return make(room)
 
-    def _take_back(self, room: Room, workspace: Workspace) -> None:
+    def _take_idle(self, needed: Room) -> tuple[Room, Workspace] | None:
+        places = [place for place, (room, _) in enumerate(self._idle) if room.serves(needed)]
+        return self._idle.pop(min(places, key=lambda place: self._idle[place][0])) if places else None
+
+    def take_back(self, room: Room, workspace: Workspace) -> None:
+        """Keep an idle workspace, and drop the one unused for longest if there are too many."""
         with self._lock:
             self._idle.append((room, workspace))
+            del self._idle[:-MOST_IDLE]
 
     def __len__(self) -> int:
         return len(self._idle)
+
+
+def give_back(pool: weakref.ref[WorkspacePool], room: Room, workspace: Workspace) -> None:
+    """Return a workspace to its pool, if that is still there."""
+    if (found := pool()) is not None:
+        found.take_back(room, workspace)
 
 
 def roomy(count: int, smallest: int = 1) -> int:

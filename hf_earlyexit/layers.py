@@ -50,8 +50,11 @@ class Decoder(Protocol):
         """As `begin_step`, for positions that `run_block` runs."""
 
     def look_ahead(self, ids: torch.Tensor, rows: Rows, cache: EarlyExitCache) -> None:
-        """Called while the device is busy and nobody knows yet which rows go on: what the next step of `rows` needs if
-        all do. `ids [batch]` are the tokens just chosen."""
+        """Enqueue what the next step of `rows` needs if all go on, while the device is still busy with this one.
+
+        Args:
+            ids: `[batch]`, the tokens just chosen.
+        """
 
     def expect(self, criterion: ExitCriterion, exit_points: Collection[int]) -> None:
         """The criterion of the call and where it is evaluated, for adapters that do so together with the layers."""

@@ -7,6 +7,7 @@ from `decode_step`.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteria
 from transformers.generation import GenerateEncoderDecoderOutput
 
 from hf_earlyexit.cache import EarlyExitCache
+from hf_earlyexit.graphs import RECORDING
 from hf_earlyexit.layers import Decoder, decode_step
 from hf_earlyexit.library import CACHE, pad_token
 from hf_earlyexit.run import ExitRun
@@ -77,5 +79,6 @@ def generate_tokens(
 def choose(scores: torch.Tensor, do_sample: bool) -> torch.Tensor:
     """`[batch]`, a token for every row of `scores [batch, vocabulary]`; all rows draw, as in the library."""
     if do_sample:
-        return torch.multinomial(torch.softmax(scores, dim=-1), num_samples=1).squeeze(1)
+        with RECORDING if scores.is_cuda else nullcontext():
+            return torch.multinomial(torch.softmax(scores, dim=-1), num_samples=1).squeeze(1)
     return scores.argmax(dim=-1)

@@ -23,7 +23,7 @@ from hf_earlyexit.library import CACHE, attention_of, keep_generation_settings, 
 from hf_earlyexit.stock import stock_of
 from hf_earlyexit.t5 import T5Decoder
 from hf_earlyexit.t5_compiled import CompiledT5Decoder
-from hf_earlyexit.t5_graphs import GraphedT5Decoder
+from hf_earlyexit.t5_graphs import GraphedT5Decoder, refuse_unrecordable
 from hf_earlyexit.t5_prepared import PreparedT5, PreparedT5Decoder, refuse_hooks
 from hf_earlyexit.t5_structure import structure_of
 
@@ -42,6 +42,7 @@ class EarlyExitT5ForConditionalGeneration(EarlyExitGenerationMixin, T5ForConditi
     graphed_adapter = GraphedT5Decoder
     prepare_weights = PreparedT5
     refuse_hooks = staticmethod(refuse_hooks)
+    refuse_unrecordable = staticmethod(refuse_unrecordable)
     structure_of = staticmethod(structure_of)
     # T5 takes `num_items_in_batch` and ignores it, so that a `Trainer` that believes it was heeded does not divide the
     # losses of accumulated batches by their number.

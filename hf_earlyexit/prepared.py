@@ -46,6 +46,7 @@ class PreparedMixin:
     graphed_adapter: Callable[..., Decoder]
     prepare_weights: Callable
     refuse_hooks: Callable
+    refuse_unrecordable: Callable
     structure_of: Callable[..., tuple]
     _prepared_copy: PreparedCopy | None = None
 
@@ -112,7 +113,7 @@ class PreparedMixin:
 
     def _records_graphs(self, compiling: CompileOptions | None) -> bool:
         """Whether a call with these options decodes with recorded graphs."""
-        return compiling is not None and graphs.recorder_for(self.device) is not None
+        return compiling is not None and graphs.are_recorded_on(self.device)
 
     def _copy_for_call(self, needed: bool) -> PreparedCopy | None:
         """Before a call does any work: the copy it is to use. One of other weights is dropped; where one is `needed`

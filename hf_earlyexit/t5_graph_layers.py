@@ -122,5 +122,6 @@ def self_attention_bias(
     """
     distance = positions[:, None] - torch.arange(keys, device=positions.device)
     bias = by_distance[:, distance.clamp(min=0)].transpose(0, 1)[:, :, None]
-    lowest = torch.finfo(bias.dtype).min
-    return (bias + prompt_bias).clamp(min=lowest).masked_fill(distance[:, None, None] < 0, lowest)
+    bias = (bias + prompt_bias).clamp(min=torch.finfo(bias.dtype).min)
+    # Not the same as padding: of a row whose prompt is all padding, its own keys count alike, and those to come never.
+    return bias.masked_fill(distance[:, None, None] < 0, -torch.inf)

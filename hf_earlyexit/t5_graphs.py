@@ -7,6 +7,7 @@ confidences, and picks the next graph. Everything else is `PreparedT5Decoder`'s.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator
 from functools import partial
 from itertools import product
@@ -29,6 +30,11 @@ from hf_earlyexit.transfer import to_device
 
 # The fewest positions and source tokens that a workspace has room for.
 SMALLEST_ROOM = 64
+
+# Packages whose modules are device work alone.
+RECORDABLE = ("torch", "transformers", "hf_earlyexit")
+
+_making = threading.Lock()
 
 
 class GraphedT5:
@@ -61,8 +67,8 @@ class GraphedT5Decoder(PreparedT5Decoder):
         self.has_source: set[range] = set()
         self.replays: dict[Hashable, Callable[[], None]] = {}  # the same as in the workspace, by fewer things
         self.in_graphs = False
-        self.uploaded: Rows | None = None  # whose rows and positions the workspace holds
-        self.ahead: Rows | None = None  # whose next step the workspace holds
+        self.uploaded: Rows | None = None  # the rows that the workspace holds, with their positions
+        self.ahead: Rows | None = None  # the rows that `look_ahead` has prepared the next step for
         self._bring_masks(cache)
 
     @staticmethod
@@ -84,7 +90,8 @@ class GraphedT5Decoder(PreparedT5Decoder):
     def _bring_masks(self, cache: EarlyExitCache) -> None:
         """Write this call's masks and bias into the workspace, and show the cache where cross-attention looks."""
         buffers, rows = self.workspace.buffers, cache.num_rows
-        buffers["cross_bias"].fill_(torch.finfo(self.dtype).min)
+        buffers["cross_bias"].zero_()
+        buffers["cross_bias"][..., self.cross_mask.shape[-1] :] = -torch.inf  # no source; padding has a number
         buffers["cross_bias"][:rows, ..., : self.cross_mask.shape[-1]] = self.cross_mask
         buffers["prompt_bias"].zero_()
         if self.prompt_mask is not None:
@@ -98,7 +105,7 @@ class GraphedT5Decoder(PreparedT5Decoder):
     # --- a step -----------------------------------------------------------------------------------------------------
 
     def begin_step(self, rows: Rows, cache: EarlyExitCache, length: int) -> None:
-        # A cache that has moved, or that somebody has grown, is no longer where graphs look.
+        # A cache that has moved or grown is no longer where graphs look.
         self.in_graphs = cache.arena is self.arena and not torch.is_autocast_enabled(cache.device.type)
         if not self.in_graphs:
             self.ahead = None
@@ -201,7 +208,7 @@ class GraphedT5Decoder(PreparedT5Decoder):
             past = LayerPast(buffers["arena"][:, layer - 1], buffers["cross"][:, layer - 1])
             states = run_layer(states, self.graphed.layers[layer - 1], past, present)
         after, before = self._after(layers[-1])
-        # What is evaluated here nobody compares outside.
+        # The state before the layer is for criteria that are evaluated outside.
         for buffer, values in ((after, states), *(() if criterion else ((before, previous),))):
             buffer.copy_(values) if everyone else buffer.index_copy_(0, rows, values)
         if criterion is not None:
@@ -259,15 +266,41 @@ class GraphedT5Decoder(PreparedT5Decoder):
 
 def graphed(prepared: PreparedT5) -> GraphedT5:
     """What graphs need of a prepared copy, made when first asked for and dropped with it."""
-    if prepared.graphed is None:
-        prepared.graphed = GraphedT5(prepared)
+    with _making:
+        if prepared.graphed is None:
+            prepared.graphed = GraphedT5(prepared)
     return prepared.graphed
+
+
+def refuse_unrecordable(model: nn.Module) -> None:
+    """See that the modules that a graph calls can be recorded: Python in them would run once, when it is recorded.
+
+    Raises:
+        ValueError: One is not the library's or has hooks; the message names it.
+    """
+    for name, module in called_modules(model):
+        package = type(module).__module__.partition(".")[0]
+        hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+        if package not in RECORDABLE or "forward" in vars(module) or hooks or hasattr(module, "_hf_hook"):
+            raise ValueError(
+                f'`cache_implementation="static"` records graphs on this device and would not run the Python of '
+                f"`{name}`, a `{type(module).__name__}`: remove its hooks and own code, or leave "
+                "`cache_implementation` out."
+            )
+
+
+def called_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The modules that a graph calls, by name."""
+    yield "decoder.embed_tokens", model.decoder.embed_tokens
+    for number, block in enumerate(model.decoder.block):
+        yield f"decoder.block.{number}.layer.2.DenseReluDense.act", block.layer[2].DenseReluDense.act
+    yield from model.exit_heads.named_modules(prefix="exit_heads")
 
 
 def new_workspace(model: nn.Module, cache: EarlyExitCache, room: Room) -> Workspace:
     """Buffers with that room, on the device of the cache."""
     rows, capacity, source = room
-    recorder = graphs.recorder_for(cache.device)
+    recorder = graphs.RECORDERS[cache.device.type](cache.device)
     heads, width, dtype = cache.num_heads, cache.head_dim, cache.dtype
     with torch.inference_mode(False), torch.device(cache.device):
         buffers = {

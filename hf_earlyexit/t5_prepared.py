@@ -26,6 +26,7 @@ from hf_earlyexit.policies import at_least_float32
 from hf_earlyexit.rows import Rows
 from hf_earlyexit.t5 import T5Decoder
 from hf_earlyexit.t5_structure import modules_of, refuse_other_forwards, replaced_modules
+from hf_earlyexit.transfer import settle
 
 
 class PreparedLayer:
@@ -90,6 +91,7 @@ class PreparedT5:
             self.stacked_norm = Norm(model.decoder.block[0].layer[0].layer_norm, scaled=False)
         self.exit_norms = exit_norms(model)
         self.blocks = model.decoder.block
+        settle(model.device)
         self.stacks: dict[int, PackedLinear] = {}
         self.compiled: dict[Hashable, Callable] = {}
         self.graphed: Any = None  # `t5_graphs.GraphedT5`, where graphs are recorded
@@ -104,6 +106,7 @@ class PreparedT5:
                 self.stacks[first] = PackedLinear(self.stacked(2).plain_weight[rows:])
             else:
                 self.stacks[first] = PackedLinear(self._folded(first))
+                settle(weight.device)
         return self.stacks[first]
 
     @torch.no_grad()

@@ -26,9 +26,15 @@ def to_host(tensor: torch.Tensor) -> list:
     host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
     host.copy_(tensor, non_blocking=True)
     read = torch.cuda.Event()
-    read.record()
+    read.record(torch.cuda.current_stream(tensor.device))  # the current device may be another
     read.synchronize()
     return host.tolist()
+
+
+def settle(device: torch.device) -> None:
+    """Wait until what this stream has made is made, so that other streams may use it."""
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()
 
 
 def take(tensor: torch.Tensor, places: Sequence[int]) -> torch.Tensor:

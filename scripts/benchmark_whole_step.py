@@ -38,15 +38,18 @@ def whole_step(model: Any, states: torch.Tensor, new_tokens: int, settings: dict
     if not isinstance(decoder, GraphedT5Decoder):
         return None
     rows = Rows.everyone(cache.num_rows, cache.device)
+    cache.lengths = [new_tokens - 1] * cache.num_rows  # where attention has most to read
     decoder.begin_step(rows, cache, 1)
     ids = torch.full((len(rows), 1), 5, device=cache.device)
     decoder.run_blocks(range(1, decoder.num_layers + 1), decoder.embed(ids, rows), rows, cache)
-    replay = decoder.workspace.graph(("whole step", compiling), lambda: step(decoder, len(rows)))
+    replay = decoder.workspace.graph(
+        ("whole step", compiling, len(rows), decoder.keys), lambda: step(decoder, len(rows))
+    )
     return median(seconds_of(replay, cache.device) for _ in range(ROUNDS)) / REPLAYS
 
 
 def step(decoder: GraphedT5Decoder, rows: int) -> None:
-    """What the graph holds: it reads the tokens that it wrote the last time, always at the same position."""
+    """What the graph holds: it reads the tokens that it wrote the last time, always at the last position."""
     layers = range(1, decoder.num_layers + 1)
     decoder._segment(layers, decoder._size(rows), rows == decoder.room, decoder.keys, None)
     states, _ = decoder._after(layers[-1])
@@ -56,6 +59,7 @@ def step(decoder: GraphedT5Decoder, rows: int) -> None:
 
 def seconds_of(replay: Callable[[], None], device: torch.device) -> float:
     """Seconds of `REPLAYS` replays, by the device's own clock."""
+    torch.cuda.set_device(device)
     replay()
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     torch.cuda.synchronize(device)

@@ -23,17 +23,13 @@ class Operation:
 
 
 class Recording(TorchDispatchMode):
-    """Records operations, and refuses what a graph of a device cannot hold.
+    """Records operations, and refuses what a graph of a device cannot hold."""
 
-    Args:
-        host: Memory of the host that a graph may write to.
-    """
-
-    def __init__(self, host: list[torch.Tensor]):
+    def __init__(self):
         super().__init__()
         self.operations: list[Operation] = []
-        self.host = {tensor.data_ptr() for tensor in host}
         self.made: set[int] = set()
+        self.storages: set[int] = set()  # of what was there before
         self.inputs: dict[int, tuple[Any, torch.Size, tuple[int, ...]]] = {}
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
@@ -44,6 +40,7 @@ class Recording(TorchDispatchMode):
         for tensor in tensors_in((args, kwargs)):
             if id(tensor) not in self.made:
                 self.inputs[id(tensor)] = weakref.ref(tensor), tensor.data_ptr()
+                self.storages.add(tensor.untyped_storage().data_ptr())
         results = function(*args, **kwargs)
         self.made.update(id(tensor) for tensor in tensors_in(results))
         self.operations.append(Operation(function, args, kwargs, results))
@@ -55,7 +52,10 @@ def tensors_in(values) -> list[torch.Tensor]:
 
 
 class FakeRecorder:
-    """Stands in for `CudaRecorder`. Counts what is recorded and replayed."""
+    """Stands in for `CudaRecorder`. Counts what is recorded and replayed.
+
+    What a graph has made in memory of its own is gone after every replay.
+    """
 
     def __init__(self, device: torch.device):
         self.hosts: list[torch.Tensor] = []
@@ -73,10 +73,16 @@ class FakeRecorder:
 
     def record(self, function: Callable[[], None]) -> Callable[[], None]:
         function()
-        with Recording(self.hosts) as recording:
+        with Recording() as recording:
             function()
         self.recorded += 1
         operations, inputs = recording.operations, list(recording.inputs.values())
+        temporaries = [
+            tensor
+            for operation in operations
+            for tensor in tensors_in(operation.results)
+            if tensor.untyped_storage().data_ptr() not in recording.storages and tensor._base is None
+        ]
 
         def replay() -> None:
             self.replayed += 1
@@ -86,6 +92,8 @@ class FakeRecorder:
                     assert tensor.data_ptr() == address, "what a graph reads has moved"
             for operation in operations:
                 run_again(operation)
+            for tensor in temporaries:  # a device gives their memory to other graphs
+                tensor.fill_(float("nan") if tensor.is_floating_point() else 0)
 
         return replay
 

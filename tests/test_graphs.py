@@ -10,8 +10,9 @@ import threading
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 
-from hf_earlyexit import EarlyExitConfig, graphs, t5_graphs
+from hf_earlyexit import ClassifierConfig, EarlyExitConfig, graphs, t5_graphs
 from hf_earlyexit.cache import EarlyExitCache
 from hf_earlyexit.compiling import CompileOptions
 from hf_earlyexit.graphs import WorkspacePool, roomy
@@ -34,11 +35,11 @@ def recorders(monkeypatch):
     """All recorders that were made."""
     made = []
 
-    def recorder_for(device):
+    def recorder_on(device):
         made.append(FakeRecorder(device))
         return made[-1]
 
-    monkeypatch.setattr(graphs, "recorder_for", recorder_for)
+    monkeypatch.setitem(graphs.RECORDERS, "cpu", recorder_on)
     monkeypatch.setattr(CompileOptions, "of", classmethod(lambda cls, config, device: options_of(cls, config)))
     return made
 
@@ -97,7 +98,7 @@ def test_scripts_follow_the_walk_without_graphs(rows, fill, recorders):
 
 @pytest.mark.parametrize("criterion", ["softmax", "max_prob", "entropy", "state", "classifier", "patience"])
 def test_criteria_follow_the_walk_without_graphs(criterion):
-    config = EarlyExitConfig(classifier={"kind": "linear", "shared": False, "trained": True})
+    config = EarlyExitConfig(classifier=ClassifierConfig(shared=False, trained=True))
     _, model = tiny_pair("untied", 1, early_exit=config)
     threshold = threshold_for(model, tiny_inputs(4, 1), CRITERIA[criterion](), 0.8)
     call, depths = {"exit_criterion": criterion, "exit_threshold": threshold, "fill": "eager"}, set()
@@ -135,24 +136,36 @@ def test_the_default_fills_at_once_and_says_so():
 
 def filled_up_elsewhere(self, rows, cache):
     """What fills a graph up writes to another position of the row that it repeats."""
-    ORIGINAL_UPLOAD(self, rows, cache)
+    ORIGINAL["_upload"](self, rows, cache)
     self.workspace.buffers["control"][1, len(rows) : self._size(len(rows))] = 0
 
 
-ORIGINAL_UPLOAD = t5_graphs.GraphedT5Decoder._upload
+def at_the_start(self, rows, cache):
+    ORIGINAL["_upload"](self, rows, ZeroLengths(cache))
+
+
+def without_prompt_bias(self, cache):
+    ORIGINAL["_bring_masks"](self, cache)
+    self.workspace.buffers["prompt_bias"].zero_()
+
+
+def without_end_of_source(self, cache):
+    ORIGINAL["_bring_masks"](self, cache)
+    self.workspace.buffers["cross_bias"].clamp_(min=torch.finfo(self.dtype).min)
+    self.workspace.buffers["cross_bias"][..., self.cross_mask.shape[-1] :] = 0
+
+
+def confident_by_layer(self, criterion, layer, states, previous):
+    self.workspace.buffers["confidences"].fill_(layer / NUM_LAYERS)
+
+
+ORIGINAL = {name: getattr(t5_graphs.GraphedT5Decoder, name) for name in ("_upload", "_bring_masks")}
 MUTATIONS = {
     "what fills a graph up writes elsewhere": ("_upload", filled_up_elsewhere),
-    "positions are not told anew": (
-        "_upload",
-        lambda self, rows, cache: ORIGINAL_UPLOAD(self, rows, ZeroLengths(cache)),
-    ),
-    "masks and bias of the call are not brought": ("_bring_masks", lambda self, cache: None),
-    "confidences are read of another exit": (
-        "_evaluate",
-        lambda self, criterion, layer, states, previous: self.workspace.buffers["confidences"].fill_(
-            layer / NUM_LAYERS
-        ),
-    ),
+    "positions are not told anew": ("_upload", at_the_start),
+    "padding of a prompt is read": ("_bring_masks", without_prompt_bias),
+    "what lies behind the source is read": ("_bring_masks", without_end_of_source),
+    "confidences are not the criterion's": ("_evaluate", confident_by_layer),
 }
 
 
@@ -163,17 +176,16 @@ class ZeroLengths:
 
 @pytest.mark.parametrize("name", MUTATIONS)
 def test_a_mutation_breaks_a_law(name, monkeypatch):
-    monkeypatch.setattr(t5_graphs.GraphedT5Decoder, *MUTATIONS[name])
     _, model = tiny_pair("untied", 1)
-    broken = []
-    for call in (scripted(), {"exit_criterion": "softmax", "exit_threshold": 0.08}):
-        expected = laws.generate(model, tiny_inputs(4, 1), 1, **call)
-        try:
-            output = laws.generate(model, tiny_inputs(4, 1), 1, **call, **GRAPHS)
-            broken.append(not torch.equal(output.sequences, expected.sequences))
-        except (RuntimeError, TypeError, AttributeError):
-            broken.append(True)
-    assert any(broken)
+    calls = [scripted(), {"exit_criterion": "softmax", "exit_threshold": 0.08}]
+    inputs = tiny_inputs(4, 1) | PROMPT
+    expected = [laws.generate(model, inputs, 1, **call).sequences for call in calls]
+    found = [laws.generate(model, inputs, 1, **call, **GRAPHS).sequences for call in calls]
+    assert all(map(torch.equal, found, expected))
+    model.unprepare()  # and with it what was recorded
+    monkeypatch.setattr(t5_graphs.GraphedT5Decoder, *MUTATIONS[name])
+    found = [laws.generate(model, inputs, 1, **call, **GRAPHS).sequences for call in calls]
+    assert not all(map(torch.equal, found, expected))
 
 
 # --- nothing moves, nothing grows -----------------------------------------------------------------------------------
@@ -183,8 +195,8 @@ def test_no_graph_is_recorded_anew_over_200_steps(recorders):
     _, model = tiny_pair("untied", 0, early_exit=EarlyExitConfig([2, 4]))
     model.warm_up(batch_size=8, source_length=20, max_new_tokens=102, disable_compile=True)
     recorded = sum(recorder.recorded for recorder in recorders)
-    lengths, counts = 2, 4 + 1 - 1  # 64 and 128 keys; 1, 2, 4 rows, 5 to 7 of 8 rows and all 8
-    assert recorded == 3 * lengths * (counts + 1)
+    lengths, counts = [64, 128], ["1 row", "2 rows", "4 rows", "8 rows, some repeated", "all 8 rows"]
+    assert recorded == 3 * len(lengths) * len(counts)
     script = pseudo_random_script(5, 3)
     call = {
         "exit_criterion": Scripted(lambda row, at: 2 * script(row, at)),
@@ -312,21 +324,111 @@ def test_graphs_go_with_the_prepared_copy():
     assert torch.equal(laws.generate(model, tiny_inputs(4, 1), 1, **GRAPHS).sequences, expected.sequences)
 
 
-def test_one_read_a_step_at_full_depth_and_one_more_for_every_exit(recorders, monkeypatch):
-    """The host waits where it reads: `to_host`, and the recorder's `wait`."""
-    from hf_earlyexit import lean, run
+class Reads(TorchFunctionMode):
+    """Counts what the host reads of tensors, in whatever module."""
 
-    reads = []
-    for module in (lean, run):
-        monkeypatch.setattr(module, "to_host", lambda tensor: (reads.append(1), tensor.tolist())[1])
+    READS = tuple(getattr(torch.Tensor, name) for name in ("tolist", "item", "__bool__", "__int__", "__float__"))
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        self.count += function in self.READS
+        return function(*args, **(kwargs or {}))
+
+
+def test_one_read_a_step_at_full_depth_and_one_more_for_every_exit(recorders):
+    """Reads are counted by the difference of a longer and a shorter call; waiting for a graph is the recorder's."""
     _, model = tiny_pair("untied", 1, early_exit=EarlyExitConfig([2, 4]))
-    laws.generate(model, tiny_inputs(4, 1), 1, max_new_tokens=10, ends=None, **GRAPHS)
-    assert len(reads) == 10 and not any(recorder.waits for recorder in recorders)
-    reads.clear()
-    laws.generate(
-        model, tiny_inputs(4, 1), 1, max_new_tokens=10, ends=None, exit_criterion="state", exit_threshold=1.0, **GRAPHS
-    )
-    assert len(reads) == 10 and sum(recorder.waits for recorder in recorders) == 20
+    vain = {"exit_criterion": "state", "exit_threshold": 1.0}
+    for settings, waits, reads in (({}, 0, 10), (vain, 20, 30)):
+        counts = []
+        for tokens in (10, 20):
+            before = sum(recorder.waits for recorder in recorders)
+            with Reads() as seen:
+                laws.generate(model, tiny_inputs(4, 1), 1, max_new_tokens=tokens, ends=None, **settings, **GRAPHS)
+            counts.append((seen.count, sum(recorder.waits for recorder in recorders) - before))
+        assert [later - sooner for sooner, later in zip(*counts)] == [reads, waits]
+
+
+def test_a_source_that_is_all_padding_is_as_without_graphs():
+    _, model = tiny_pair("untied")
+    inputs = tiny_inputs(4)
+    inputs["attention_mask"][2] = 0
+    expected, output = laws.generate(model, inputs), laws.generate(model, inputs, **GRAPHS)
+    assert torch.equal(output.sequences, expected.sequences)
+    torch.testing.assert_close(output.logits[0], expected.logits[0])
+
+
+def test_a_cache_of_ones_own_says_how_it_is_filled():
+    _, model = tiny_pair("untied", 1)
+    own = EarlyExitCache(NUM_LAYERS, 4, 4, 8, dtype=torch.float64, fill="lazy")
+    expected = laws.generate(model, tiny_inputs(4, 1), 1, **scripted(), fill="lazy")
+    output = laws.generate(model, tiny_inputs(4, 1), 1, **scripted(), **GRAPHS, past_key_values=own)
+    assert torch.equal(output.sequences, expected.sequences)
+    assert torch.equal(output.filled_positions, expected.filled_positions)
+
+
+def test_a_workspace_belongs_to_one_call_after_one_that_could_not_be_made():
+    pool, first, second = WorkspacePool(), Owner(), Owner()
+    small, large = graphs.Room(4, 64, 64), graphs.Room(4, 128, 64)
+    make = lambda room: graphs.Workspace(FakeRecorder(torch.device("cpu")), {})  # noqa: E731
+    pool.lend(first, small, make)
+    with pytest.raises(MemoryError):
+        pool.lend(first, large, refuse_to_make)
+    assert pool.lend(first, small, make) is not pool.lend(second, small, make)
+
+
+def test_idle_workspaces_go_where_memory_runs_out():
+    pool, attempts = WorkspacePool(), []
+
+    def make(room):
+        attempts.append(len(pool))
+        if len(pool):
+            raise torch.OutOfMemoryError
+        return graphs.Workspace(FakeRecorder(torch.device("cpu")), {})
+
+    pool.take_back(graphs.Room(2, 64, 64), graphs.Workspace(FakeRecorder(torch.device("cpu")), {}))
+    pool.lend(Owner(), graphs.Room(4, 64, 64), make)
+    assert attempts == [1, 0]
+
+
+class Owner:
+    pass
+
+
+def refuse_to_make(room):
+    raise MemoryError
+
+
+@pytest.mark.parametrize("part", ["classifier", "activation"])
+def test_python_that_would_not_run_is_refused_before_any_work(part, monkeypatch):
+    config = EarlyExitConfig(classifier=ClassifierConfig(trained=True))
+    _, model = tiny_pair("untied", 1, early_exit=config)
+    call = {"exit_criterion": "classifier", "exit_threshold": 0.5}
+    laws.generate(model, tiny_inputs(4, 1), 1, **call, **GRAPHS)
+    if part == "classifier":
+        model.exit_heads.classifiers["shared"].register_forward_hook(lambda module, args, output: output + 100)
+    else:
+        model.decoder.block[2].layer[2].DenseReluDense.act = Reading()
+    monkeypatch.setattr(model.encoder, "forward", None)
+    name = {"classifier": "exit_heads.classifiers.shared", "activation": r"decoder.block.2.*act"}[part]
+    with pytest.raises(ValueError, match=f"would not run the Python of `{name}"):
+        laws.generate(model, tiny_inputs(4, 1), 1, **call, **GRAPHS)
+
+
+class Reading(torch.nn.Module):
+    def forward(self, states):
+        return states * float(states.abs().max() > 0)
+
+
+def test_a_criterion_that_is_none_is_refused_by_warm_up():
+    _, model = tiny_pair("untied")
+    with pytest.raises(ValueError, match="`exit_criterion` must be one of"):
+        model.warm_up(exit_criterion="sofmax", disable_compile=True)
+    with pytest.raises(ValueError, match="classifier"):
+        model.warm_up(exit_criterion="classifier", disable_compile=True)
 
 
 def test_room_is_a_power_of_two_and_then_multiples():
