@@ -60,7 +60,7 @@ def test_never_equals_stock(count):
 
 
 @pytest.mark.parametrize("criterion", THRESHOLDS)
-@pytest.mark.parametrize("count", (5, pytest.param(200, marks=pytest.mark.slow)))
+@pytest.mark.parametrize("count", (8, pytest.param(200, marks=pytest.mark.slow)))
 def test_batch_equals_rows_alone(criterion, count):
     """Law 3 with the tie rule, at three thresholds; the ties are listed."""
     _, model, _ = shipped()
