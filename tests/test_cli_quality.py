@@ -21,6 +21,7 @@ from hf_earlyexit.data import in_random_order, short_hash
 from hf_earlyexit.default import CHECKPOINT, default_examples, load_default
 from tests.command_line import errors_of
 from tests.scripts import run_script
+from tests.shortly import time_shortly
 
 
 pytest.importorskip("scipy.stats")
@@ -113,7 +114,8 @@ def test_verify_certificate_tries_new_inputs(certified, tmp_path, capsys):
     assert "REFUTED" in capsys.readouterr().out
 
 
-def test_evaluate_and_report(tmp_path, capsys):
+def test_evaluate_and_report(tmp_path, capsys, monkeypatch):
+    time_shortly(monkeypatch)
     pytest.importorskip("matplotlib")
     pytest.importorskip("jinja2")
     output = tmp_path / "results.json"
@@ -153,7 +155,8 @@ def test_a_curve_that_is_named_twice_has_all_thresholds():
     assert curves == {"softmax": (0.9, 0.5, 0.7), "state": (0.5,)} and curves_of(None) is None
 
 
-def test_unseen_inputs_are_those_of_the_report_part(certified, tmp_path):
+def test_unseen_inputs_are_those_of_the_report_part(certified, tmp_path, monkeypatch):
+    time_shortly(monkeypatch)
     file = write_rows(tmp_path / "inputs.csv", in_random_order(default_examples(), 40))
     flags = [
         "--model",

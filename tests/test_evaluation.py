@@ -26,6 +26,7 @@ from hf_earlyexit.report import check_results
 from hf_earlyexit.stock import stock_generate, stock_of
 from hf_earlyexit.timing import Times, measure, spread, take_turns
 from hf_earlyexit.writing import Text, Writing
+from tests.shortly import time_shortly
 from tests.tiny import tiny_inputs, tiny_pair
 
 
@@ -51,7 +52,9 @@ def journal(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def found(shipped, examples, journal):
-    return evaluate_model(*shipped, examples, GRID, generation=DECODING, path=journal, data_name="some.csv")
+    with pytest.MonkeyPatch.context() as patch:
+        time_shortly(patch)
+        return evaluate_model(*shipped, examples, GRID, generation=DECODING, path=journal, data_name="some.csv")
 
 
 def direct(shipped, examples, **keywords):
