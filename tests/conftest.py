@@ -17,19 +17,16 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # `pytest -m law` runs the laws, their mutations not included: what must hold under any arithmetic. `.ci/run` runs them
-# under several. The rest of the suite is about files, commands, reports and numbers that are computed by hand.
+# under several. The rest of the suite is about files, commands, reports and numbers that are computed by hand, or (what
+# is compiled or recorded, and a device) about code paths that the laws below hold against each other anyway.
 LAWS = (
     "test_accuracy_thresholds",
     "test_beta_mixture",
     "test_cache",
-    "test_compiled",
     "test_exit_candidates",
     "test_generation",
-    "test_graphs",
     "test_laws",
     "test_low_precision",
-    "test_models",
-    "test_on_devices",
     "test_oracle_curves",
     "test_patience",
     "test_prepared",
