@@ -8,7 +8,7 @@ else is `T5Decoder`'s.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -101,13 +101,18 @@ class PreparedT5:
         when rows first leave below."""
         if first not in self.stacks:
             weight = self.blocks[0].layer[0].SelfAttention.k.weight
-            if first > 2 and not packs(weight.dtype, weight.device):  # a part of the largest one, without a copy
-                rows = 2 * weight.shape[0] * (first - 2)
-                self.stacks[first] = PackedLinear(self.stacked(2).plain_weight[rows:])
-            else:
+            if packs(weight.dtype, weight.device):
                 self.stacks[first] = PackedLinear(self._folded(first))
-                settle(weight.device)
+            else:  # a part of the whole one, without a copy
+                self.stacks[first] = PackedLinear(self._whole_stack[2 * weight.shape[0] * (first - 1) :])
         return self.stacks[first]
+
+    @cached_property
+    def _whole_stack(self) -> torch.Tensor:
+        """`_folded` for all layers."""
+        folded = self._folded(1)
+        settle(folded.device)
+        return folded
 
     @torch.no_grad()
     def _folded(self, first: int) -> torch.Tensor:

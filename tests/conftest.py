@@ -17,8 +17,8 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # `pytest -m law` runs the laws, their mutations not included: what must hold under any arithmetic. `.ci/run` runs them
-# under several. The rest of the suite is about files, commands, reports and numbers that are computed by hand, or (what
-# is compiled or recorded, and a device) about code paths that the laws below hold against each other anyway.
+# under several. The rest of the suite is about files, commands, reports and numbers that are computed by hand. Compiled
+# and recorded decoding and that on a device are left out: the suite holds them against what is tested here.
 LAWS = (
     "test_accuracy_thresholds",
     "test_beta_mixture",

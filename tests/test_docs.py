@@ -34,6 +34,7 @@ NOT_RUN = {
     "README.md": ["needs a Hub download", "goes on from the block above, and compiles for about a minute"],
     "docs/calibration.md": ["needs a file of yours; how-to/certify.md runs the same on a few inputs"],
     "docs/criteria.md": ["needs a model with a certificate, and texts of yours"],
+    "docs/gpu.md": ["needs a CUDA device"],
     "docs/how-to/make-a-checkpoint.md": ["needs a Hub download"],
     "docs/how-to/prepare-and-compile.md": ["compiles for about a minute"],
     "docs/t5-synopsis.md": ["the weights are not shipped"],

@@ -155,7 +155,7 @@ def test_own_cache_must_fit(model, changes, message):
     shape = {"num_layers": NUM_LAYERS, "batch_size": 2, "num_heads": 4, "head_dim": 8, "dtype": torch.float64}
     cache = EarlyExitCache(**(shape | changes))
     with pytest.raises(ValueError, match=f"`{CACHE}`.*{message}"):
-        model.generate(**tiny_inputs(2), max_new_tokens=3, **{CACHE: cache}, **ON)
+        model.generate(**tiny_inputs(2), max_new_tokens=3, fill="lazy", **{CACHE: cache}, **ON)
 
 
 def test_own_cache_serves_again_after_reset(model):

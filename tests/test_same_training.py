@@ -13,6 +13,7 @@ import pytest
 import torch
 from transformers import Seq2SeqTrainer, TrainerCallback
 
+from hf_earlyexit.labelled import LabelledExits
 from tests.trainers import OBJECTIVES, assert_same_weights, losses, make_trainer, rows, tiny
 
 
@@ -92,7 +93,10 @@ def test_gradient_checkpointing_changes_nothing(tmp_path):
 
 
 @pytest.mark.parametrize("objective", ("linear", "distillation", "classifiers", "layer skip, gradual", "shallow deep"))
-def test_bf16_is_near_fp32(objective, tmp_path):
+def test_bf16_is_near_fp32(objective, tmp_path, monkeypatch):
+    # Whether two layers choose alike is a matter of rounding where two tokens are nearly as likely, and random models
+    # have many such: classifiers get labels that are not.
+    monkeypatch.setattr(LabelledExits, "agrees", lambda exits, layer: exits.labels % (layer + 1) == 0)
     full, half = make_trainer(tiny(), tmp_path, objective), make_trainer(tiny(), tmp_path, objective, bf16=True)
     full.train()
     half.train()

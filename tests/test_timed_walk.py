@@ -94,7 +94,8 @@ def test_cross_attention_is_entered_as_often_as_blocks_run(model):
     walked = walk(model, source_states(model, 3, 6), replay, EXITS, watch)
     simulated = simulate(replay.layers[None], NUM_LAYERS, EXITS)
     visits = int((simulated.rows > 0).sum())
-    assert entered.count(CROSS) == entered.count(SOURCE) == entered.count(CATCH_UP) == visits
+    assert entered.count(CROSS) == entered.count(SOURCE) == visits
+    assert 0 < entered.count(CATCH_UP) < visits, "only where a segment lacks keys and values"
     assert watch.seconds[CROSS] == visits
     # Rows that leave make the head's input layer by layer, and meet the head together.
     assert entered.count(HEADS) == int((simulated.head_rows > 0).sum() + (simulated.head_products > 0).sum())
