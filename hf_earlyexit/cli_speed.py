@@ -152,7 +152,7 @@ def roofline(arguments: argparse.Namespace) -> int:
             criterion,
             **sizes,
             rounds=arguments.rounds,
-            compiling=CompileOptions() if arguments.compiled else None,
+            compiling=CompileOptions.usual() if arguments.compiled else None,
             after_round=bar.update,
         )
     print(speed_tables.describe_rates(rates))

@@ -51,7 +51,7 @@ class CompileOptions:
             return cls(backend=None) if device.type == "cuda" else None
         given = config.compile_config
         if given is None:
-            return cls()
+            return cls.usual()
         options = None if given.options is None else tuple(sorted(given.options.items()))
         if given.backend == "cudagraphs" or dict(options or ()).get("triton.cudagraphs"):
             raise ValueError(
@@ -59,6 +59,11 @@ class CompileOptions:
                 '`backend="cudagraphs"` and `options={"triton.cudagraphs": True}` out.'
             )
         return cls(given.backend, None if options else MODES.get(given.mode, given.mode), options)
+
+    @classmethod
+    def usual(cls) -> CompileOptions:
+        """Those of a call that chooses none."""
+        return cls()
 
     def for_one_row(self) -> CompileOptions:
         """These, or where nothing was chosen those that multiply one row with a weight at the memory's speed.

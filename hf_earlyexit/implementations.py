@@ -27,7 +27,7 @@ def implementation_of(model: PreTrainedModel, config: GenerationConfig) -> str:
     except ValueError:  # the call will be refused for it
         options = None
     if options is not None:
-        return COMPILED if options == CompileOptions() else f"{COMPILED} with {options}"
+        return COMPILED if options == CompileOptions.usual() else f"{COMPILED} with {options}"
     return PREPARED if model.has_fresh_copy() else PLAIN
 
 

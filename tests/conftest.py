@@ -16,9 +16,9 @@ import pytest
 # the variable wants that number. It is read when torch is first imported, in every process that a test starts, too.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-# `pytest -m law` runs the laws, their mutations not included: what must hold under any arithmetic. `.ci/run` runs them
-# under several. The rest of the suite is about files, commands, reports and numbers that are computed by hand. Compiled
-# and recorded decoding and that on a device are left out: the suite holds them against what is tested here.
+# `pytest -m law` runs the laws, their mutations not included: what must hold under any arithmetic. `.ci/run` runs
+# them under several. The rest of the suite is about files, commands, reports and numbers that are computed by hand.
+# Compiled and recorded decoding and that on a device are left out: the suite holds them against what is tested here.
 LAWS = (
     "test_accuracy_thresholds",
     "test_beta_mixture",

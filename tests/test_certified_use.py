@@ -63,7 +63,7 @@ def refusal(model, inputs=None, **call) -> str:
 @pytest.fixture(autouse=True)
 def compiles_as_captured(monkeypatch):
     """The usual options, but for the compiler, which would take a minute."""
-    monkeypatch.setattr(CompileOptions, "on", classmethod(lambda cls, device: cls("eager")))
+    monkeypatch.setattr(CompileOptions, "usual", classmethod(lambda cls: cls("eager")))
 
 
 # --- the laws, which the mutations call, too ------------------------------------------------------------------------
