@@ -156,6 +156,8 @@ class EarlyExitT5ForConditionalGeneration(EarlyExitGenerationMixin, T5ForConditi
 
     def set_attn_implementation(self, *args, **kwargs) -> None:
         super().set_attn_implementation(*args, **kwargs)
+        for stack in (self.encoder, self.decoder):  # transformers 5.15 changes the model's own config alone
+            set_attention_of(stack.config, attention_of(self.config))
         self._attend_for_live_rows()
 
     def _attend_for_live_rows(self) -> None:

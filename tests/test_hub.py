@@ -8,6 +8,7 @@ import subprocess
 import sys
 from hashlib import sha256
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -33,7 +34,8 @@ def push() -> dict:
     model = trained_looking_model()
     says = {"first": said_by(model), "full depth": said_by(model, early_exit=False)}
     first = model.push_to_hub(REPO).oid
-    CARD.push_to_hub(REPO)
+    with mock.patch.object(type(CARD), "validate"):  # which older clients ask the real Hub for, whatever its address
+        CARD.push_to_hub(REPO)
     model.generation_config.exit_threshold = 0.9
     model.push_to_hub(REPO)
     return {"says": says | {"last": said_by(model)}, "first commit": first, "weights": weights_of(model)}
