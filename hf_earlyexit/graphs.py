@@ -128,11 +128,6 @@ class Workspace:
             self.graphs[key] = self.recorder.record(function)
         return self.graphs[key]
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the buffers."""
-        return sum(buffer.nbytes for buffer in self.buffers.values())
-
 
 class Room(NamedTuple):
     """What a workspace has room for: a number of rows, and at most so many positions and source tokens."""
