@@ -5,6 +5,7 @@ Torch is not imported before tests are collected: with `-n`, the process that ha
 
 from __future__ import annotations
 
+import gc
 import os
 import re
 from pathlib import Path
@@ -35,6 +36,11 @@ LAWS = (
     "test_stock",
 )
 
+# `pytest -m once` runs what says as much under one release of transformers and on one machine as on all: mutations,
+# which show that the laws notice. `.ci/run` runs it once. Notebooks, benchmarks and tests of several processes are
+# marked so where they stand.
+ONCE = ("test_mutations", "test_mutations_of_promises", "test_mutations_of_speed")
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     where = "where tests marked gpu run: CUDA where there is a device, if not given"
@@ -60,6 +66,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if Path(item.path).stem in LAWS:
             item.add_marker(pytest.mark.law)
+        if Path(item.path).stem in ONCE:
+            item.add_marker(pytest.mark.once)
+    gc.freeze()  # modules stay: a collection, which every training run asks for, need not walk through them
 
 
 @pytest.hookimpl(optionalhook=True)

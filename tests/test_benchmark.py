@@ -9,6 +9,7 @@ import pytest
 from tests.scripts import SCRIPTS, run_script
 
 
+@pytest.mark.once
 def test_quick_run(tmp_path):
     run = run_script("benchmark.py", "--quick", "--no-ctranslate2", cwd=tmp_path)
     assert run.returncode == 0
@@ -25,6 +26,7 @@ def test_quick_run(tmp_path):
     assert "met" in run.stdout and "load" in run.stdout
 
 
+@pytest.mark.once
 def test_quick_grid_and_its_picture(tmp_path):
     """Replayed exits do the work that was recorded, every way to decode has its ratio to stock, and it is drawn."""
     results, png = tmp_path / "grid.json", tmp_path / "grid.png"
@@ -43,6 +45,7 @@ def test_quick_grid_and_its_picture(tmp_path):
     assert "| prepared never |" in drawn.stdout and png.read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.once
 def test_quick_run_of_a_device(tmp_path):
     """On a CPU: every way to decode has its time or says why not, ratios follow from times, and steps are counted."""
     results = tmp_path / "device.json"

@@ -107,6 +107,7 @@ def run(where: Path, *options: str) -> Ran:
     return run_script("compare_recipes.py", *arguments, cwd=where)
 
 
+@pytest.mark.once
 def test_recipes_are_tried_once_under_one_budget(folder):  # noqa: F811
     EarlyExitT5ForConditionalGeneration.from_pretrained(
         folder / "plain", early_exit=EarlyExitConfig([2, 4])

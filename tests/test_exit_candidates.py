@@ -51,7 +51,7 @@ def test_criteria_with_candidates():
 def test_candidates_follow_frozen_rows(criterion, rule):
     refusals, left = 0, torch.zeros(NUM_LAYERS + 1)
     for seed in SEEDS:
-        stock, model = tiny_pair("untied", seed)
+        stock, model = tiny_pair.shared("untied", seed)
         output, refused = laws.candidates_follow_frozen_rows(
             stock, model, tiny_inputs(4, seed), criterion, 4, THRESHOLDS[criterion], seed, batch_exit=rule
         )
@@ -87,7 +87,7 @@ def test_any_number_of_candidates_at_some_exit_points_with_every_kind_of_head(co
 def test_all_candidates_are_the_vocabulary(criterion, kwargs):
     depths = set()
     for seed in SEEDS:
-        _, model = tiny_pair("untied", seed)
+        _, model = tiny_pair.shared("untied", seed)
         output = laws.all_candidates_are_the_vocabulary(model, tiny_inputs(4, seed), criterion, 0.0831, seed, **kwargs)
         depths |= set(output.layers_run.flatten().tolist())
     assert len(depths - {0}) >= 2 + ("batch_exit" not in kwargs)
@@ -103,7 +103,7 @@ def test_all_candidates_are_the_vocabulary(criterion, kwargs):
 )
 def test_batch_equals_rows_alone(criterion, kwargs):
     for seed in SEEDS[:1] if kwargs else SEEDS:
-        _, model = tiny_pair("untied", seed)
+        _, model = tiny_pair.shared("untied", seed)
         output = laws.batch_equals_rows_alone(
             model,
             tiny_inputs(4, seed),
@@ -120,7 +120,7 @@ def test_batch_equals_rows_alone(criterion, kwargs):
 def test_lazy_is_eager(kwargs):
     settings = {"exit_criterion": "softmax", "exit_threshold": 0.3, "exit_candidates": 4} | kwargs
     for seed in SEEDS:
-        _, model = tiny_pair("tied", seed)
+        _, model = tiny_pair.shared("tied", seed)
         lazy, eager = (
             laws.generate(model, tiny_inputs(4, seed), seed, fill=fill, **settings) for fill in ("lazy", "eager")
         )
@@ -134,7 +134,7 @@ def test_who_leaves_is_what_the_whole_vocabulary_says(beams):
     """Recomputed beside the walk, of beams too: the best candidate of who leaves is the best token there is."""
     left, refused = 0, 0
     for seed in SEEDS:
-        _, model = tiny_pair("tied", seed)
+        _, model = tiny_pair.shared("tied", seed)
         settings = {"exit_criterion": "softmax", "exit_candidates": 4, "exit_threshold": 0.3, "num_beams": beams}
         with watched_departures(model, 4) as departures:
             output = laws.generate(model, tiny_inputs(4, seed), seed, **settings)
@@ -146,7 +146,7 @@ def test_who_leaves_is_what_the_whole_vocabulary_says(beams):
 
 @pytest.mark.parametrize("kwargs", ({}, {"num_beams": 2}, {"batch_exit": "batch"}, {"fill": "eager"}), ids=str)
 def test_work_reported_is_work_executed(kwargs):
-    _, model = tiny_pair("deeper decoder", 5)
+    _, model = tiny_pair.shared("deeper decoder", 5)
     settings = {"exit_criterion": "softmax", "exit_threshold": 0.2, "exit_candidates": 5} | kwargs
     output = laws.work_is_what_ran(model, tiny_inputs(7, 5), **settings)
     asked = 5 * later(torch.tensor([0, *output.layer_rows.tolist()]))
@@ -155,7 +155,7 @@ def test_work_reported_is_work_executed(kwargs):
 
 
 def test_candidates_meet_the_head_in_fewer_rows():
-    _, model = tiny_pair("tied", 0)
+    _, model = tiny_pair.shared("tied", 0)
     settings = {"exit_criterion": "softmax", "exit_threshold": 0.3}
     plain = laws.generate(model, tiny_inputs(7), **settings)
     few = laws.generate(model, tiny_inputs(7), **settings, exit_candidates=8)
@@ -176,14 +176,14 @@ def test_a_head_with_a_bias():
 
 
 def test_criteria_in_half_precision():
-    _, model = tiny_pair("untied", 0, torch.bfloat16)
+    _, model = tiny_pair.shared("untied", 0, torch.bfloat16)
     settings = {"exit_criterion": "max_prob", "exit_threshold": 0.5, "exit_candidates": 4}
     output = laws.work_is_what_ran(model, tiny_inputs(4), **settings)
     assert (output.layers_run[output.layers_run > 0] < NUM_LAYERS).any()
 
 
 def test_nothing_of_a_call_stays_on_the_model():
-    _, model = tiny_pair("untied", 0)
+    _, model = tiny_pair.shared("untied", 0)
     before = set(vars(model)) | {name for name, _ in model.named_buffers()}
     settings = {"exit_criterion": "softmax", "exit_threshold": 0.3}
     plain = laws.generate(model, tiny_inputs(4), **settings)
@@ -280,7 +280,7 @@ def test_a_criterion_of_several_parts():
     assert heads.full == [(1, 3)] and [(layer, len(ids[0])) for layer, ids in heads.some] == [(2, 3), (2, 2)]
     # Row 1 says 3, which is the third of its candidates, but none of its best two.
     assert point.confirm([True, True, True]) == [True, False, True]
-    _, model = tiny_pair("untied", 0)
+    _, model = tiny_pair.shared("untied", 0)
     with counting(model) as counts:
         output = laws.generate(model, tiny_inputs(4), exit_criterion=Both(), exit_threshold=0.3)
     assert output.head_rows.sum() == counts["head"][0] and output.candidate_rows.sum() == counts["candidates"][0]
@@ -288,7 +288,7 @@ def test_a_criterion_of_several_parts():
 
 
 def test_an_object_with_too_many_candidates_is_named():
-    _, model = tiny_pair("tied", 0)
+    _, model = tiny_pair.shared("tied", 0)
     with pytest.raises(ValueError, match="`candidates=98` must be at most the vocabulary, 97"):
         model.generate(
             **tiny_inputs(2), max_new_tokens=3, exit_criterion=SoftmaxResponse(candidates=98), exit_threshold=0.5

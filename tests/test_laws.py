@@ -20,7 +20,7 @@ SEEDS = (0, 1, 2)
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float64))
 def test_never_equals_stock(family, batch_size, dtype):
     for seed in SEEDS if batch_size == 4 else SEEDS[2:]:
-        stock, model = tiny_pair(family, seed, dtype)
+        stock, model = tiny_pair.shared(family, seed, dtype)
         output = laws.never_equals_stock(stock, model, tiny_inputs(batch_size, seed), seed)
     if batch_size > 1:
         assert len(set((output.layers_run > 0).sum(1).tolist())) > 1, "no row ended before another"
@@ -28,7 +28,7 @@ def test_never_equals_stock(family, batch_size, dtype):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_never_equals_stock_beams_and_sampling(family):
-    stock, model = tiny_pair(family, 3)
+    stock, model = tiny_pair.shared(family, 3)
     inputs = tiny_inputs(4, 3)
     laws.never_equals_stock(stock, model, inputs, num_beams=3, num_return_sequences=2)
     for kwargs in ({}, {"num_return_sequences": 3, "top_k": 20, "temperature": 1.3}):
@@ -44,7 +44,7 @@ def sampled(generate, model, inputs, **kwargs):
 
 @pytest.mark.parametrize("schedule", ("constant", "calm", "calm_released"))
 def test_never_is_never_under_every_schedule(schedule):
-    stock, model = tiny_pair("untied", 1)
+    stock, model = tiny_pair.shared("untied", 1)
     inputs = tiny_inputs(4, 1)
     expected = laws.stock_generate(stock, inputs)
     off = {"exit_criterion": "softmax", "exit_threshold": 0.0, "exit_schedule": schedule, "early_exit": False}
@@ -58,7 +58,7 @@ def test_never_is_never_under_every_schedule(schedule):
 def test_fixed_exit_equals_cut_stock(family, dtype):
     """After every layer once, over models of several seeds."""
     for seed in SEEDS:
-        stock, model = tiny_pair(family, seed, dtype)
+        stock, model = tiny_pair.shared(family, seed, dtype)
         for layer in range(1 + seed, NUM_LAYERS + 1, len(SEEDS)):
             laws.fixed_exit_equals_cut_stock(stock, model, tiny_inputs(4, seed), layer, seed)
     laws.fixed_exit_equals_cut_stock(stock, model, tiny_inputs(3, seed), 2, seed, num_beams=3)
@@ -68,7 +68,7 @@ def test_fixed_exit_equals_cut_stock(family, dtype):
 @pytest.mark.parametrize("batch_size", (4, 7))
 def test_batch_equals_rows_alone_under_scripts(family, batch_size):
     for seed in SEEDS if batch_size == 4 else SEEDS[:1]:
-        _, model = tiny_pair(family, seed)
+        _, model = tiny_pair.shared(family, seed)
         output = laws.scripted_batch_equals_rows_alone(model, seed, batch_size)
         laws.assert_not_vacuous(output)
         assert laws.longest_debt(output.layers_run, NUM_LAYERS) >= 2
@@ -78,7 +78,7 @@ def test_batch_equals_rows_alone_under_scripts(family, batch_size):
 def test_batch_equals_rows_alone_under_criteria(criterion):
     depths = set()
     for seed in SEEDS:
-        _, model = tiny_pair("untied", seed)
+        _, model = tiny_pair.shared("untied", seed)
         inputs = tiny_inputs(4, seed)
         threshold = threshold_for(model, inputs, CRITERIA[criterion](), 0.7, max_new_tokens=16)
         output = laws.batch_equals_rows_alone(model, inputs, lambda row: criterion, threshold, seed)
@@ -88,7 +88,7 @@ def test_batch_equals_rows_alone_under_criteria(criterion):
 
 def test_batch_equals_rows_alone_with_beams():
     for seed in SEEDS[:2]:
-        _, model = tiny_pair("untied", seed)
+        _, model = tiny_pair.shared("untied", seed)
         inputs = tiny_inputs(4, seed)
         threshold = threshold_for(model, inputs, laws.CRITERIA["softmax"], 0.8, max_new_tokens=16)
         output = laws.batch_equals_rows_alone(
@@ -102,7 +102,7 @@ def test_batch_equals_rows_alone_with_beams():
 def test_batch_equals_rows_alone_or_tied_in_fp32(criterion):
     ties = []
     for seed in SEEDS[:2]:
-        _, model = tiny_pair("untied", seed, torch.float32)
+        _, model = tiny_pair.shared("untied", seed, torch.float32)
         inputs = tiny_inputs(7, seed)
         threshold = threshold_for(model, inputs, laws.CRITERIA[criterion], 0.7, max_new_tokens=16)
         recording = Recording(laws.CRITERIA[criterion])
@@ -118,7 +118,7 @@ def test_batch_equals_rows_alone_or_tied_in_fp32(criterion):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_lazy_and_eager_follow_frozen_rows(family):
     for seed in SEEDS:
-        stock, model = tiny_pair(family, seed)
+        stock, model = tiny_pair.shared(family, seed)
         script = pseudo_random_script(seed, NUM_LAYERS)
         lazy, eager = laws.follows_frozen_rows(stock, model, tiny_inputs(7, seed), script, seed)
         laws.assert_not_vacuous(lazy)
@@ -130,7 +130,7 @@ def test_lazy_and_eager_follow_frozen_rows(family):
 def test_exits_of_a_criterion_replayed_follow_frozen_rows(criterion):
     depths = set()
     for seed in SEEDS:
-        stock, model = tiny_pair("tied", seed)
+        stock, model = tiny_pair.shared("tied", seed)
         inputs = tiny_inputs(4, seed)
         threshold = threshold_for(model, inputs, CRITERIA[criterion](), 0.7, max_new_tokens=16)
         output = laws.exits_replayed_follow_frozen_rows(stock, model, inputs, criterion, threshold, seed)
@@ -141,7 +141,7 @@ def test_exits_of_a_criterion_replayed_follow_frozen_rows(criterion):
 @pytest.mark.parametrize("rule", ("batch", "batch_joint"))
 def test_batch_rules_follow_frozen_rows(rule):
     """All rows leave where the rule says: with the layer's own token, against frozen rows that leave there."""
-    stock, model = tiny_pair("tied", 4)
+    stock, model = tiny_pair.shared("tied", 4)
     inputs, wish = tiny_inputs(4, 4), pseudo_random_script(4, NUM_LAYERS)
     kwargs = {"exit_criterion": Scripted(wish), "exit_threshold": 0.5, "batch_exit": rule, "ends": [96]}
     output = laws.generate(model, inputs, **kwargs)
@@ -154,7 +154,7 @@ def test_batch_rules_follow_frozen_rows(rule):
 @pytest.mark.parametrize("rule, layer", (("row", None), ("batch", 4), ("batch_joint", NUM_LAYERS)))
 def test_who_has_passed_stays_passed_in_batch_only(rule, layer):
     """Row 0 is sure after layer 2 alone, row 1 after layer 4 alone: latched they leave after 4, jointly never."""
-    _, model = tiny_pair("tied", 4)
+    _, model = tiny_pair.shared("tied", 4)
     once = type(
         "Once",
         (),
@@ -169,7 +169,7 @@ def test_who_has_passed_stays_passed_in_batch_only(rule, layer):
 def test_what_a_criterion_sees_is_what_the_stock_model_computes():
     """Hidden states, the layer below's, logits and classifiers, at every layer, against stock's own forward."""
     config = EarlyExitConfig(classifier=ClassifierConfig("mlp", shared=False, trained=True))
-    stock, model = tiny_pair("untied", 5, early_exit=config)
+    stock, model = tiny_pair.shared("untied", 5, early_exit=config)
     inputs, seen = tiny_inputs(3, 5), {}
 
     class Looking:
@@ -194,7 +194,7 @@ def test_what_a_criterion_sees_is_what_the_stock_model_computes():
 @pytest.mark.parametrize("criterion", ("softmax", "state", "patience", "fixed", "script", None))
 @pytest.mark.parametrize("fill", ("lazy", "eager"))
 def test_work_reported_is_work_executed(criterion, fill):
-    _, model = tiny_pair("deeper decoder", 5)
+    _, model = tiny_pair.shared("deeper decoder", 5)
     inputs = tiny_inputs(7, 5)
     kwargs = {
         "softmax": {"exit_criterion": "softmax", "exit_threshold": 0.2},
@@ -211,7 +211,7 @@ def test_work_reported_is_work_executed(criterion, fill):
 
 
 def test_rows_that_have_ended_run_nothing_and_hold_nobody_back():
-    _, model = tiny_pair("tied", 6)
+    _, model = tiny_pair.shared("tied", 6)
     inputs = tiny_inputs(7, 6)
     output = laws.ended_rows_rest(model, inputs, exit_criterion=Scripted(lambda row, at: 2), exit_threshold=0.5)
     assert (output.layers_run == 0).any()
@@ -231,7 +231,9 @@ def test_rows_that_have_ended_run_nothing_and_hold_nobody_back():
 @pytest.mark.parametrize("tokens, farthest", [(300, 150), pytest.param(1100, 600, marks=pytest.mark.slow)])
 def test_many_tokens(tokens, farthest):
     """The arena grows several times, the relative bias with it, and old debts are paid."""
-    stock, model = tiny_pair("tied", 7, torch.float32, num_decoder_layers=3, relative_attention_max_distance=farthest)
+    stock, model = tiny_pair.shared(
+        "tied", 7, torch.float32, num_decoder_layers=3, relative_attention_max_distance=farthest
+    )
     inputs = tiny_inputs(2, 7)
     script = lambda row, position: 3 if position % 67 == 66 else 1 + (position + row) % 2  # noqa: E731
     lazy, _ = laws.follows_frozen_rows(stock, model, inputs, script, max_new_tokens=tokens, ends=[])

@@ -199,7 +199,11 @@ def test_the_usual_arguments_of_from_pretrained(tmp_path):
 
 
 def attend_with(stock: T5ForConditionalGeneration, implementation: str) -> None:
-    for module in (stock, stock.encoder, stock.decoder):  # transformers 5.15 does not pass the model's on to the stacks
+    for module in (
+        stock,
+        stock.encoder,
+        stock.decoder,
+    ):  # transformers 5.15 does not pass the model's on to the stacks
         module.set_attn_implementation(implementation)
 
 

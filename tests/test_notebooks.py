@@ -97,6 +97,7 @@ def kernel():
     manager.shutdown_kernel(now=True)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     "name, changes",
     [
@@ -141,6 +142,7 @@ def execute(notebook, folder: Path, kernel) -> None:
         pytest.fail(ESCAPES.sub("", str(error)), pytrace=False)
 
 
+@pytest.mark.once
 def test_a_cell_that_fails_says_which_line_and_why(kernel, tmp_path):
     lines = "losses = [0.1]\nassert losses[0] < 0.05, 'the promise is broken'"
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(lines)], metadata=METADATA)

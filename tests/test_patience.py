@@ -100,7 +100,7 @@ def follows_the_slow_reference(threshold: float = 0.5, **kwargs):
     """Among as many candidates as there are tokens, which is without any."""
     depths = set()
     for seed in (0, 1, 2):
-        stock, model = tiny_pair("untied", seed)
+        stock, model = tiny_pair.shared("untied", seed)
         settings = {"criterion": "patience", "threshold": threshold, "seed": seed} | kwargs
         output, _ = laws.candidates_follow_frozen_rows(
             stock, model, tiny_inputs(4, seed), count=VOCABULARY, **settings

@@ -119,6 +119,7 @@ def launch(launcher: list[str]) -> dict:
     return json.loads(run.stdout.splitlines()[-1])
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     ("launcher", "processes"),
     [

@@ -145,6 +145,7 @@ def test_the_second_stage_trains_classifiers_and_uploads(first_stage, folder):
     assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in before.items())
 
 
+@pytest.mark.once
 def test_two_processes_evaluate_every_input_once(folder):
     """Five inputs on two processes; what one process measures before training is what two do."""
     files = ("--train_file", "train.csv", "--validation_file", "validation.csv")
