@@ -55,9 +55,12 @@ class CudaRecorder:
         """Memory of the host that a graph can write to."""
         return torch.empty(shape, dtype=dtype, pin_memory=True)
 
-    def wait(self) -> None:
-        """Wait until everything that was enqueued is done."""
+    def mark(self) -> None:
+        """Set the mark behind everything that was enqueued."""
         self.done.record(torch.cuda.current_stream(self.device))
+
+    def wait(self) -> None:
+        """Wait until the device has passed the mark; what was enqueued behind it may still be running."""
         self.done.synchronize()
 
     def record(self, function: Callable[[], None]) -> Replay:

@@ -2,7 +2,9 @@
 
 A graph takes the rows through a segment, writes their keys and values and, where the criterion needs nothing of the
 host, evaluates the exit at its end. The host writes which rows go on and at which positions, replays, reads the
-confidences, and picks the next graph. Everything else is `PreparedT5Decoder`'s.
+confidences, and picks the next graph. Where rows mostly go on, the next graph is enqueued before the confidences are
+read (`running_ahead.py`): what it has made of rows that leave is overwritten when their keys and values are filled.
+Everything else is `PreparedT5Decoder`'s.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ import threading
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator
 from functools import partial
 from itertools import product
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -19,13 +22,14 @@ from hf_earlyexit import graphs
 from hf_earlyexit.cache import EarlyExitCache
 from hf_earlyexit.compiling import CompileOptions
 from hf_earlyexit.graphs import Room, Workspace, WorkspacePool, roomy
-from hf_earlyexit.layers import Answer
+from hf_earlyexit.layers import Answer, stretches
 from hf_earlyexit.policies import ExitCriterion, ExitPoint, at_least_float32, needs_no_host
 from hf_earlyexit.rows import Rows
+from hf_earlyexit.running_ahead import RunningAhead
 from hf_earlyexit.t5_graph_layers import GraphLayer, LayerPast, LayerWeights, Present, layer_weights
 from hf_earlyexit.t5_graph_layers import self_attention_bias as bias_of
 from hf_earlyexit.t5_prepared import PreparedT5, PreparedT5Decoder
-from hf_earlyexit.transfer import to_device
+from hf_earlyexit.transfer import take, to_device
 
 
 # The fewest positions and source tokens that a workspace has room for.
@@ -35,6 +39,13 @@ SMALLEST_ROOM = 64
 RECORDABLE = ("torch", "transformers", "hf_earlyexit")
 
 _making = threading.Lock()
+
+
+class Enqueued(NamedTuple):
+    """Layers that the device was given, and the rows by whose places their results lie."""
+
+    layers: range
+    rows: Rows
 
 
 class GraphedT5:
@@ -64,6 +75,10 @@ class GraphedT5Decoder(PreparedT5Decoder):
         self.arena, self.room = cache.arena, len(self.workspace.buffers["ids"])
         self.criterion: ExitCriterion | None = None
         self.questions: Collection[int] = ()
+        self.behind: dict[int, range] = {}  # by exit point, the layers up to the next one
+        self.running_ahead = RunningAhead()
+        self.asked: Enqueued | None = None  # the layers with the last exit point of this step
+        self.early: Enqueued | None = None  # the layers behind it, if they were enqueued, too
         self.has_source: set[range] = set()
         self.replays: dict[Hashable, Callable[[], None]] = {}  # the same as in the workspace, by fewer things
         self.in_graphs = False
@@ -84,6 +99,7 @@ class GraphedT5Decoder(PreparedT5Decoder):
     def expect(self, criterion: ExitCriterion, exit_points: Collection[int]) -> None:
         if needs_no_host(criterion):
             self.criterion, self.questions = criterion, exit_points
+            self.behind = {layers.start - 1: layers for layers in stretches(self.num_layers, exit_points)}
 
     # --- what stays the same in a call ------------------------------------------------------------------------------
 
@@ -105,6 +121,9 @@ class GraphedT5Decoder(PreparedT5Decoder):
     # --- a step -----------------------------------------------------------------------------------------------------
 
     def begin_step(self, rows: Rows, cache: EarlyExitCache, length: int) -> None:
+        if self.asked is not None:  # the last step ended where it was evaluated
+            self.running_ahead.see(self.asked.layers[-1], someone_went_on=False)
+        self.asked = self.early = None
         # A cache that has moved or grown is no longer where graphs look.
         self.in_graphs = cache.arena is self.arena and not torch.is_autocast_enabled(cache.device.type)
         if not self.in_graphs:
@@ -112,7 +131,6 @@ class GraphedT5Decoder(PreparedT5Decoder):
             return super().begin_step(rows, cache, length)
         self.new_positions, self.head_dim = length, cache.head_dim
         self.keys = roomy(cache.get_seq_length() + 1, SMALLEST_ROOM)
-        self.asked: tuple[int, Rows] | None = None
         if self.ahead is not rows:
             self.uploaded = None
         self.has_ids = self.ahead is not None
@@ -140,6 +158,23 @@ class GraphedT5Decoder(PreparedT5Decoder):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         if not self.in_graphs:
             return super().run_blocks(layers, hidden, rows, cache)
+        if self.asked is not None:
+            self.running_ahead.see(self.asked.layers[-1], someone_went_on=True)
+        enqueued = self.early if self.early is not None else self._enqueue(layers, rows, cache)
+        self.asked = self.early = None
+        cache.mark_written(layers, rows)
+        after, before = self._after(layers[-1])
+        states = self._of(rows, after)[:, None]
+        if layers[-1] not in self.questions:
+            return states, self._of(rows, before)[:, None]
+        self.workspace.recorder.mark()
+        self.asked, behind = enqueued, self.behind[layers[-1]]
+        if self.running_ahead.is_worth_it(layers[-1]) and not cache.lacks(behind[-1], rows):
+            self.early = self._enqueue(behind, rows, cache)
+        return states, states
+
+    def _enqueue(self, layers: range, rows: Rows, cache: EarlyExitCache) -> Enqueued:
+        """Replay the graph that takes these rows through these layers."""
         if layers not in self.has_source:
             for layer in layers:
                 cache.fill_cross(layer, Rows.everyone(cache.num_rows, cache.device), self.project_source)
@@ -147,23 +182,25 @@ class GraphedT5Decoder(PreparedT5Decoder):
         if rows is not self.uploaded:
             self._upload(rows, cache)
         self._graph(layers, len(rows))()
-        self.asked = (layers[-1], rows) if layers[-1] in self.questions else None
-        cache.mark_written(layers, rows)
-        after, before = self._after(layers[-1])
-        states = self._of(rows, after)[:, None]
-        return states, states if self.asked else self._of(rows, before)[:, None]
+        return Enqueued(layers, rows)
 
     def _of(self, rows: Rows, buffer: torch.Tensor) -> torch.Tensor:
         """These rows of a buffer `[room, ...]`."""
         return buffer if len(rows) == self.room else rows.select(buffer[: rows.batch_size])
 
     def answer(self, layer: int, rows: Rows) -> Answer | None:
-        if not self.in_graphs or self.asked != (layer, rows):
+        if not self.in_graphs or self.asked is None or self.asked.layers[-1] != layer:
             return None
         self.workspace.recorder.wait()
-        confidences = self.workspace.buffers["confidences"][: len(rows)].tolist()
+        evaluated = self.asked.rows
+        confidences = self.workspace.buffers["confidences", layer][: len(evaluated)].tolist()
         logits = self.workspace.buffers.get(("logits", layer, self.criterion))
-        return Answer(confidences, None if logits is None else logits[: len(rows)])
+        if rows is evaluated:
+            return Answer(confidences, None if logits is None else logits[: len(rows)])
+        # The layers ran before it was known that others of these rows leave.
+        places = [evaluated.indices.index(row) for row in rows]
+        logits = None if logits is None else take(logits[: len(evaluated)], places)
+        return Answer([confidences[place] for place in places], logits)
 
     def _size(self, count: int) -> int:
         """How many rows a graph for `count` rows has: a power of two, the last row repeated to fill it up."""
@@ -220,7 +257,10 @@ class GraphedT5Decoder(PreparedT5Decoder):
         places = list(range(len(states)))
         point = ExitPoint(layer, places, places, states, previous, score, self.exit_probability)
         confidence = criterion.confidence(point)
-        self.workspace.buffers["confidences"][: len(states)].copy_(confidence, non_blocking=True)
+        make = partial(self.workspace.recorder.host_buffer, self.room, dtype=at_least_float32(states).dtype)
+        # Of every exit point its own, since the next graph may run while the host reads.
+        host = self.workspace.buffer(("confidences", layer), make)
+        host[: len(states)].copy_(confidence, non_blocking=True)
         if point.scored is not None:
             shape = (self.room, point.scored.shape[1])
             logits = self.workspace.buffer(("logits", layer, criterion), lambda: point.scored.new_empty(shape))
@@ -314,5 +354,4 @@ def new_workspace(model: nn.Module, cache: EarlyExitCache, room: Room) -> Worksp
             "control": torch.zeros(2, rows, dtype=torch.long),
             "states": torch.zeros(rows, model.config.d_model, dtype=dtype),
         }
-    buffers["confidences"] = recorder.host_buffer(rows, dtype=at_least_float32(buffers["states"]).dtype)
     return Workspace(recorder, buffers)

@@ -59,7 +59,7 @@ class FakeRecorder:
 
     def __init__(self, device: torch.device):
         self.hosts: list[torch.Tensor] = []
-        self.recorded = self.replayed = self.waits = 0
+        self.recorded = self.replayed = self.marks = self.waits = 0
 
     def take_over(self) -> None:
         pass
@@ -68,8 +68,12 @@ class FakeRecorder:
         self.hosts.append(torch.full(shape, float("nan"), dtype=dtype))
         return self.hosts[-1]
 
+    def mark(self) -> None:
+        self.marks += 1
+
     def wait(self) -> None:
         self.waits += 1
+        assert self.waits <= self.marks
 
     def record(self, function: Callable[[], None]) -> Callable[[], None]:
         function()

@@ -156,16 +156,36 @@ def without_end_of_source(self, cache):
 
 
 def confident_by_layer(self, criterion, layer, states, previous):
-    self.workspace.buffers["confidences"].fill_(layer / NUM_LAYERS)
+    ORIGINAL["_evaluate"](self, criterion, layer, states, previous)
+    self.workspace.buffers["confidences", layer].fill_(layer / NUM_LAYERS)
 
 
-ORIGINAL = {name: getattr(t5_graphs.GraphedT5Decoder, name) for name in ("_upload", "_bring_masks")}
+def by_the_first_places(self, layer, rows):
+    """What was evaluated for more rows is taken for that of the rows that are left."""
+    if self.asked is not None:
+        self.asked = t5_graphs.Enqueued(self.asked.layers, rows)
+    return ORIGINAL["answer"](self, layer, rows)
+
+
+def of_the_layers_behind(self, layer, rows):
+    """What the host reads was already overwritten by the graph behind."""
+    if self.early is not None and self.early.layers[-1] in self.questions:
+        buffers = self.workspace.buffers
+        buffers["confidences", layer].copy_(buffers["confidences", self.early.layers[-1]])
+    return ORIGINAL["answer"](self, layer, rows)
+
+
+ORIGINAL = {
+    name: getattr(t5_graphs.GraphedT5Decoder, name) for name in ("_upload", "_bring_masks", "_evaluate", "answer")
+}
 MUTATIONS = {
     "what fills a graph up writes elsewhere": ("_upload", filled_up_elsewhere),
     "positions are not told anew": ("_upload", at_the_start),
     "padding of a prompt is read": ("_bring_masks", without_prompt_bias),
     "what lies behind the source is read": ("_bring_masks", without_end_of_source),
     "confidences are not the criterion's": ("_evaluate", confident_by_layer),
+    "confidences are those of rows that left": ("answer", by_the_first_places),
+    "confidences are those of the exit behind": ("answer", of_the_layers_behind),
 }
 
 
@@ -177,7 +197,8 @@ class ZeroLengths:
 @pytest.mark.parametrize("name", MUTATIONS)
 def test_a_mutation_breaks_a_law(name, monkeypatch):
     _, model = tiny_pair("untied", 1)
-    calls = [scripted(), {"exit_criterion": "softmax", "exit_threshold": 0.08}]
+    state = {"exit_criterion": "state", "exit_threshold": 0.85, "max_new_tokens": 40, "ends": None}
+    calls = [scripted(), {"exit_criterion": "softmax", "exit_threshold": 0.08}, state]
     inputs = tiny_inputs(4, 1) | PROMPT
     expected = [laws.generate(model, inputs, 1, **call).sequences for call in calls]
     found = [laws.generate(model, inputs, 1, **call, **GRAPHS).sequences for call in calls]
@@ -186,6 +207,74 @@ def test_a_mutation_breaks_a_law(name, monkeypatch):
     monkeypatch.setattr(t5_graphs.GraphedT5Decoder, *MUTATIONS[name])
     found = [laws.generate(model, inputs, 1, **call, **GRAPHS).sequences for call in calls]
     assert not all(map(torch.equal, found, expected))
+
+
+# --- running ahead --------------------------------------------------------------------------------------------------
+
+
+class Watched(FakeRecorder):
+    """Keeps the order of what it is told."""
+
+    def __init__(self, device):
+        super().__init__(device)
+        self.order = []
+
+    def mark(self) -> None:
+        super().mark()
+        self.order.append("mark")
+
+    def wait(self) -> None:
+        super().wait()
+        self.order.append("wait")
+
+    def record(self, function):
+        replay = super().record(function)
+
+        def watched() -> None:
+            self.order.append("replay")
+            replay()
+
+        return watched
+
+
+class Sure:
+    """Everyone leaves after the first exit point, or nobody anywhere."""
+
+    def __init__(self, sure: bool):
+        self.settings = {"exit_criterion": "state", "exit_threshold": 0.0 if sure else 1.0}
+
+
+@pytest.mark.parametrize("sure", [True, False])
+def test_the_device_is_run_ahead_where_rows_go_on(sure, monkeypatch):
+    made = []
+    monkeypatch.setitem(graphs.RECORDERS, "cpu", lambda device: made.append(Watched(device)) or made[-1])
+    _, model = tiny_pair("untied", 1, early_exit=EarlyExitConfig([2, 4]))
+    output = laws.generate(model, tiny_inputs(4, 1), 1, max_new_tokens=20, ends=None, **Sure(sure).settings, **GRAPHS)
+    assert {*output.layers_run.unique().tolist()} == ({2} if sure else {NUM_LAYERS})
+    order = made[0].order
+    if sure:  # twice for nothing, which is a quarter in the average
+        steps = ["replay", "mark", "replay", "wait"] * 3 + ["replay", "mark", "wait"] * 17
+    else:
+        steps = ["replay", "mark", "replay", "wait", "mark", "replay", "wait"] * 20
+    assert order == steps
+
+
+@pytest.mark.parametrize("fill", ["lazy", "eager"])
+@pytest.mark.parametrize("criterion", ["softmax", "state"])
+def test_some_of_the_rows_that_were_run_ahead_leave(criterion, fill):
+    """Over many tokens of a batch, in which rows leave at all exit points, some with neighbours that go on."""
+    _, model = tiny_pair("untied", 3, early_exit=EarlyExitConfig([2, 3, 5]))
+    inputs = tiny_inputs(7, 3)
+    threshold = threshold_for(model, inputs, CRITERIA[criterion](), 0.6, max_new_tokens=16)
+    call = {"exit_criterion": criterion, "exit_threshold": threshold, "fill": fill, "max_new_tokens": 40, "ends": None}
+    expected = laws.generate(model, inputs, 3, **call)
+    output = laws.generate(model, inputs, 3, **call, **GRAPHS)
+    assert torch.equal(output.sequences, expected.sequences)
+    assert torch.equal(output.layers_run, expected.layers_run)
+    assert torch.equal(output.layer_rows, expected.layer_rows)
+    torch.testing.assert_close(output.exit_confidences, expected.exit_confidences, equal_nan=True)
+    depths = output.layers_run
+    assert {*depths.flatten().tolist()} == {2, 3, 5, NUM_LAYERS} and (depths != depths[:1]).any(dim=0).sum() > 10
 
 
 # --- nothing moves, nothing grows -----------------------------------------------------------------------------------
