@@ -37,9 +37,16 @@ LAWS = (
 )
 
 # `pytest -m once` runs what says as much under one release of transformers and on one machine as on all: mutations,
-# which show that the laws notice. `.ci/run` runs it once. Notebooks, benchmarks and tests of several processes are
-# marked so where they stand.
-ONCE = ("test_mutations", "test_mutations_of_promises", "test_mutations_of_speed")
+# which show that the laws notice, and what is computed of texts, however they were generated. `.ci/run` runs it once.
+# Notebooks, benchmarks and tests of several processes are marked so where they stand.
+ONCE = (
+    "test_guarantee",
+    "test_model_calibration",
+    "test_mutations",
+    "test_mutations_of_promises",
+    "test_mutations_of_speed",
+    "test_verification",
+)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -273,10 +273,12 @@ def disagreements_count(shipped, examples) -> None:
     assert 0 < agreement["different"] <= agreement["texts"]
 
 
+@pytest.mark.once
 def test_disagreements_count(shipped, examples, goes_wrong):
     disagreements_count(shipped, examples)
 
 
+@pytest.mark.once
 def test_a_way_that_goes_wrong_costs_the_promise(shipped, examples, plain, goes_wrong, tmp_path):
     """With a target between what is shown without it and with it."""
     ways, journal = ("plain", "prepared"), tmp_path / "journal"
@@ -287,6 +289,7 @@ def test_a_way_that_goes_wrong_costs_the_promise(shipped, examples, plain, goes_
     assert not again.certified and again.agreement["prepared"]["different"]
 
 
+@pytest.mark.once
 def test_the_first_way_is_measured(shipped, examples, plain, goes_wrong):
     """What a prepared model is calibrated with, unless something else is said."""
     model, tokenizer = shipped
@@ -300,6 +303,7 @@ def test_the_first_way_is_measured(shipped, examples, plain, goes_wrong):
     assert [row["mean"] for row in named.table] != pytest.approx([row["mean"] for row in plain.table])
 
 
+@pytest.mark.once
 def test_ways_are_added_as_if_calibrated_with_them(shipped, examples, plain, goes_wrong, tmp_path):
     both, model = calibrated(shipped, examples, "plain", "prepared").certificate, shipped[0]
     added = add_implementations(plain, *shipped, examples[::-1], LOSS, ["prepared"], path=tmp_path / "journal")
