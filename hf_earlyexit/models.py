@@ -24,8 +24,8 @@ from hf_earlyexit.stock import stock_of
 from hf_earlyexit.t5 import T5Decoder
 from hf_earlyexit.t5_compiled import CompiledT5Decoder
 from hf_earlyexit.t5_graphs import GraphedT5Decoder, refuse_unrecordable
-from hf_earlyexit.t5_prepared import PreparedT5, PreparedT5Decoder, refuse_hooks
-from hf_earlyexit.t5_structure import structure_of
+from hf_earlyexit.t5_prepared import PreparedT5, PreparedT5Decoder, refuse_hooks, refuse_unless_plain
+from hf_earlyexit.t5_structure import passed_by, structure_of
 
 
 class EarlyExitT5ForConditionalGeneration(EarlyExitGenerationMixin, T5ForConditionalGeneration):
@@ -41,9 +41,11 @@ class EarlyExitT5ForConditionalGeneration(EarlyExitGenerationMixin, T5ForConditi
     compiled_adapter = CompiledT5Decoder
     graphed_adapter = GraphedT5Decoder
     prepare_weights = PreparedT5
+    refuse_unless_plain = staticmethod(refuse_unless_plain)
     refuse_hooks = staticmethod(refuse_hooks)
     refuse_unrecordable = staticmethod(refuse_unrecordable)
     structure_of = staticmethod(structure_of)
+    passed_by = staticmethod(passed_by)
     # T5 takes `num_items_in_batch` and ignores it, so that a `Trainer` that believes it was heeded does not divide the
     # losses of accumulated batches by their number.
     accepts_loss_kwargs = False

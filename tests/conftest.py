@@ -39,7 +39,7 @@ LAWS = (
 # `pytest -m once` runs what says as much under one release of transformers and on one machine as on all: mutations,
 # which show that the laws notice. `.ci/run` runs it once. Notebooks, benchmarks and tests of several processes are
 # marked so where they stand.
-ONCE = ("test_mutations", "test_mutations_of_promises", "test_mutations_of_speed")
+ONCE = ("test_mutations", "test_mutations_of_modules", "test_mutations_of_promises", "test_mutations_of_speed")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
