@@ -7,6 +7,7 @@ Whatever reads `weight` of a module asks here first.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -26,7 +27,12 @@ def is_untouched(module: nn.Module) -> bool:
 def has_dense_weight(module: nn.Module) -> bool:
     """Whether its `weight` is a parameter with numbers: not quantised, sharded, computed or offloaded."""
     weight = module._parameters.get("weight")
-    return weight is not None and type(weight.data) is Tensor and not weight.is_meta
+    return weight is not None and is_dense(weight)
+
+
+def is_dense(weight: Any) -> bool:
+    """Whether it is a tensor whose numbers are in memory, as they are used."""
+    return isinstance(weight, Tensor) and type(weight.data) is Tensor and not weight.is_meta
 
 
 def is_hooked(module: nn.Module) -> bool:
@@ -55,8 +61,13 @@ def is_moved(module: nn.Module) -> bool:
 
 def described(module: nn.Module) -> str:
     """Of what class a module is, and its weight where that is no plain tensor: for errors."""
-    kind, weight = f"a `{type(module).__name__}`", module._parameters.get("weight")
-    if weight is None or has_dense_weight(module):
-        return kind
-    held = "on the meta device" if weight.is_meta else f"of type `{type(weight.data).__name__}`"
-    return f"{kind} with weights {held}"
+    kind, weight = type(module), module._parameters.get("weight")
+    is_torchs = getattr(nn, kind.__name__, kind) is kind
+    name = f"a `{kind.__name__}`" if is_torchs else f"a `{kind.__module__}.{kind.__name__}`"
+    return name if weight is None or is_dense(weight) else f"{name} with weights {where(weight)}"
+
+
+def where(weight: Any) -> str:
+    """What keeps a weight from being read: for errors."""
+    on_meta = isinstance(weight, Tensor) and weight.is_meta
+    return "on the meta device" if on_meta else f"of type `{type(getattr(weight, 'data', weight)).__name__}`"

@@ -180,14 +180,18 @@ def _runs_as(module: nn.Module, kind: type[nn.Module]) -> bool:
 
 def _without_weights(model: nn.Module) -> list[str]:
     """Modules that the walk calls by themselves and whose weights only a module around them would bring."""
-    for name, root in _called_alone(model):
-        for module in modules_of(root):
-            if not is_moved(module) and any(one is not None and one.is_meta for one in module._parameters.values()):
-                return [
-                    f"`{name}`, whose weights are on the meta device until a module around it is called: offload each "
-                    "module by itself (no `preload_module_classes`)"
-                ]
-    return []
+    lacking = [name for name, module in _called_alone(model) if _lacks_weights(module)]
+    return [
+        f"`{name}`, whose weights are on the meta device until a module around it is called: offload each module by "
+        "itself (no `preload_module_classes`)"
+        for name in lacking[:1]
+    ]
+
+
+def _lacks_weights(root: nn.Module) -> bool:
+    parts = modules_of(root) if root._modules else (root,)  # most are a single map
+    held = ((module, one) for module in parts for one in module._parameters.values())
+    return any(one is not None and one.is_meta and not is_moved(module) for module, one in held)
 
 
 def _called_alone(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

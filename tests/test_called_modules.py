@@ -10,9 +10,13 @@ import torch
 from torch import nn
 from torch.nn.utils.prune import l1_unstructured
 
-from hf_earlyexit import ClassifierConfig, EarlyExitConfig
+from hf_earlyexit import ClassifierConfig, EarlyExitConfig, EarlyExitT5ForConditionalGeneration
+from hf_earlyexit.fingerprint import weights_fingerprint
 from hf_earlyexit.policies import MaxProbability
+from hf_earlyexit.shortcuts import fit_shortcuts, measure_shortcuts
+from hf_earlyexit.stock import stock_of
 from tests import laws
+from tests.certificates import certificate_for
 from tests.tiny import NUM_LAYERS, VOCABULARY, tiny_inputs, tiny_pair
 from tests.watching import pseudo_random_script, threshold_for
 
@@ -394,3 +398,67 @@ def test_a_compiled_block_is_the_librarys():
     model.decoder.block[1] = torch.compile(model.decoder.block[1], backend="eager")
     script = pseudo_random_script(0, NUM_LAYERS)
     laws.follows_frozen_rows(stock, model, tiny_inputs(2), script, max_new_tokens=6)
+
+
+# --- what reads weights ---------------------------------------------------------------------------------------------
+
+
+READERS = {
+    "fit_shortcuts": lambda model, folder: fit_shortcuts(model, [], progress=False),
+    "measure_shortcuts": lambda model, folder: measure_shortcuts(model, [], progress=False),
+    "stock_of": lambda model, folder: stock_of(model),
+    "save_stock": lambda model, folder: model.save_stock(folder),
+    "weights_fingerprint": lambda model, folder: weights_fingerprint(model),
+    "prepare_for_generation": lambda model, folder: model.prepare_for_generation(),
+}
+UNREADABLE = [
+    *((reader, offload, "", "on the meta device|offloaded") for reader in READERS),
+    *((reader, adapt, "lm_head", "lm_head") for reader in ("stock_of", "prepare_for_generation")),
+    *((reader, quantize_dynamically, "", "lm_head|decoder.block") for reader in ("stock_of", "weights_fingerprint")),
+    ("weights_fingerprint", quantize_weights, "", "`decoder.block.* of type `Int8Tensor`"),
+    *(
+        ("fit_shortcuts", change, "exit_heads.heads.3.map", "`exit_heads.heads.3.map`")
+        for change in (adapt, wrap, hook)
+    ),
+    ("measure_shortcuts", adapt, "exit_heads.heads.3.map", "`exit_heads.heads.3.map`"),
+    ("measure_shortcuts", hook, "exit_heads.heads.3.norm", "`exit_heads.heads.3.norm`"),
+    ("fit_shortcuts", wrap, "exit_heads.heads.3", "`exit_heads.heads.3` is a `.*Wrapped`, not a shortcut"),
+]
+
+
+@pytest.mark.parametrize("reader, change, name, message", UNREADABLE, ids=lambda one: getattr(one, "__name__", one))
+def test_what_cannot_be_read_is_refused_by_name(reader, change, name, message, tmp_path):
+    model = tiny_pair("untied", 0, torch.float32, early_exit=HEADS)[1]
+    change(model, name)
+    with pytest.raises(ValueError, match=message):
+        READERS[reader](model, tmp_path)
+    assert not any(tmp_path.iterdir())
+
+
+def test_unreadable_weights_are_not_the_certified_ones():
+    """A strict call is refused for it, and full depth is what it was."""
+    model = tiny_pair("tied", 0, torch.float32)[1]
+    setting = {"exit_criterion": "softmax", "exit_threshold": 0.5}
+    model.certify(certificate_for(model, setting, max_new_tokens=3))
+    expected = model.generate(**tiny_inputs(1), early_exit=False)
+    model.generate(**tiny_inputs(1), strict_certificate=True)
+    offload(model)
+    assert torch.equal(model.generate(**tiny_inputs(1), early_exit=False), expected)
+    with pytest.raises(ValueError, match="not covered: .*the weights are not the certified ones"):
+        model.generate(**tiny_inputs(1), strict_certificate=True)
+
+
+def test_new_heads_are_not_made_on_a_disk(tmp_path):
+    stock = tiny_pair("tied", 0, torch.float32)[0]
+    stock.save_pretrained(tmp_path / "plain")
+    options = {"device_map": {"": "disk"}, "offload_folder": tmp_path / "offloaded"}
+    load = EarlyExitT5ForConditionalGeneration.from_pretrained
+    with pytest.raises(ValueError, match="plain' lacks `exit_heads.heads.*`, which cannot be made on a disk"):
+        load(tmp_path / "plain", early_exit=HEADS, **options)
+    load(tmp_path / "plain", early_exit=HEADS).save_pretrained(tmp_path / "with heads")
+    in_memory, on_disk = load(tmp_path / "with heads"), load(tmp_path / "with heads", **options)
+    settings = {"exit_criterion": "softmax", "exit_threshold": 0.1}
+    expected, output = (
+        laws.generate(one, tiny_inputs(2), max_new_tokens=5, **settings) for one in (in_memory, on_disk)
+    )
+    assert torch.equal(output.sequences, expected.sequences) and torch.equal(output.layers_run, expected.layers_run)
