@@ -115,7 +115,7 @@ class EarlyExitT5ForConditionalGeneration(EarlyExitGenerationMixin, T5ForConditi
         model, info = super().from_pretrained(
             pretrained_model_name_or_path, *model_args, config=config, output_loading_info=True, **kwargs
         )
-        new = [key for key in info["missing_keys"] if key.startswith("exit_heads.")]
+        new = sorted(key for key in info["missing_keys"] if key.startswith("exit_heads."))
         if lost := [key for key in new if model.get_parameter(key).is_meta]:
             raise ValueError(
                 f"{str(pretrained_model_name_or_path)!r} lacks `{lost[0]}`, which cannot be made on a disk: load "

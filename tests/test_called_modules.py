@@ -453,7 +453,7 @@ def test_new_heads_are_not_made_on_a_disk(tmp_path):
     stock.save_pretrained(tmp_path / "plain")
     options = {"device_map": {"": "disk"}, "offload_folder": tmp_path / "offloaded"}
     load = EarlyExitT5ForConditionalGeneration.from_pretrained
-    with pytest.raises(ValueError, match="plain' lacks `exit_heads.heads.*`, which cannot be made on a disk"):
+    with pytest.raises(ValueError, match="plain' lacks `exit_heads.classifiers.*`, which cannot be made on a disk"):
         load(tmp_path / "plain", early_exit=HEADS, **options)
     load(tmp_path / "plain", early_exit=HEADS).save_pretrained(tmp_path / "with heads")
     in_memory, on_disk = load(tmp_path / "with heads"), load(tmp_path / "with heads", **options)
