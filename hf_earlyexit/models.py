@@ -104,7 +104,7 @@ class EarlyExitT5ForConditionalGeneration(EarlyExitGenerationMixin, T5ForConditi
 
         Raises:
             ValueError: The checkpoint is of another family, `early_exit` does not fit the decoder, or heads that the
-            checkpoint lacks would be offloaded.
+                checkpoint lacks would be offloaded.
         """
         config, kwargs = early_exit_config(pretrained_model_name_or_path, config, kwargs)
         if kwargs.get("quantization_config") is not None:

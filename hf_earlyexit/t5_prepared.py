@@ -25,7 +25,13 @@ from hf_earlyexit.plain import described, has_dense_weight, is_hooked
 from hf_earlyexit.policies import at_least_float32
 from hf_earlyexit.rows import Rows
 from hf_earlyexit.t5 import T5Decoder
-from hf_earlyexit.t5_structure import modules_of, refuse_other_forwards, refuse_other_norms, replaced_modules
+from hf_earlyexit.t5_structure import (
+    modules_of,
+    passed_by,
+    refuse_other_forwards,
+    refuse_other_norms,
+    replaced_modules,
+)
 from hf_earlyexit.transfer import settle
 
 
@@ -244,6 +250,8 @@ def refuse_unless_plain(model: nn.Module) -> None:
         ValueError: A part of the decoder is not the library's plain one (LoRA, quantised, offloaded, hooked, a
             `forward` of its own, training mode), or is in fp16; the message names it.
     """
+    if problems := passed_by(model):
+        raise ValueError(f"`prepare_for_generation` does not go with {'; '.join(problems)}.")
     for name, module in (("lm_head", model.lm_head), *_maps_of(model)):
         if type(module) is not nn.Linear or not has_dense_weight(module) or module.bias is not None:
             raise ValueError(

@@ -391,6 +391,8 @@ def test_what_would_be_passed_by_is_refused_and_is_stock_at_full_depth(change, m
     monkeypatch.setattr(model.encoder, "forward", None)
     with pytest.raises(ValueError, match=f"Early exit does not go with {message}"):
         model.generate(**call, exit_criterion="softmax", exit_threshold=0.5)
+    with pytest.raises(ValueError, match=f"`prepare_for_generation` does not go with {message}"):
+        model.prepare_for_generation()
 
 
 def test_a_compiled_block_is_the_librarys():
@@ -462,3 +464,17 @@ def test_new_heads_are_not_made_on_a_disk(tmp_path):
         laws.generate(one, tiny_inputs(2), max_new_tokens=5, **settings) for one in (in_memory, on_disk)
     )
     assert torch.equal(output.sequences, expected.sequences) and torch.equal(output.layers_run, expected.layers_run)
+
+
+def test_what_is_quantised_afterwards_is_noticed():
+    """A prepared copy goes, and a certificate says nothing of the new weights."""
+    models = [tiny_pair("untied", 0, torch.float32)[1] for _ in range(2)]
+    models[0].certify(certificate_for(models[0], {"exit_criterion": "softmax", "exit_threshold": 0.5}))
+    models[0].prepare_for_generation()
+    for model in models:
+        quantize_weights(model, "")
+    with pytest.warns(UserWarning, match="since `prepare_for_generation`, so its copy is dropped"):
+        output = laws.generate(models[0], tiny_inputs(2), early_exit=False)
+    assert torch.equal(output.sequences, laws.generate(models[1], tiny_inputs(2)).sequences)
+    with pytest.raises(ValueError, match="not covered: .*the weights are not the certified ones"):
+        models[0].generate(**tiny_inputs(2), strict_certificate=True)

@@ -215,9 +215,9 @@ def test_inductor_says_the_same(rows, dtype):
 # --- parts ----------------------------------------------------------------------------------------------------------
 
 
-def test_many_models_and_shapes_do_not_share_one_count_of_compilations(captured, monkeypatch):
+@torch._dynamo.config.patch(recompile_limit=2)
+def test_many_models_and_shapes_do_not_share_one_count_of_compilations(captured):
     """Torch stops compiling a code object after some times, on releases before 2.13 across everything that runs it."""
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 2)
     for seed in range(torch._dynamo.config.recompile_limit + 2):
         _, model = tiny_pair("untied", seed)
         output = laws.generate(model, tiny_inputs(1, seed), seed, max_new_tokens=3, **captured.keywords)
