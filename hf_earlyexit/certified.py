@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import os
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -113,8 +114,10 @@ class CertifiedMixin:
         config = self._config_of(call) if config is None else config
         points = settings.exit_points(self.early_exit, self.decoder_adapter.shape(self).num_layers)
         own = {name: _described(call[name]) for name in IN_NO_CONFIG if _is_given(call.get(name))}
-        if torch.is_autocast_enabled(self.device.type):
-            own["autocast"] = str(torch.get_autocast_dtype(self.device.type)).removeprefix("torch.")
+        inputs = _inputs_of(call)
+        device = (self.device if inputs is None else inputs.device).type  # an offloaded model says "meta"
+        if torch.is_autocast_enabled(device):
+            own["autocast"] = str(torch.get_autocast_dtype(device)).removeprefix("torch.")
         return call_conditions(settings, points, config, self, _rows_of(call)) | own
 
     def _has_certified_weights(self, read: bool) -> bool:
@@ -124,9 +127,16 @@ class CertifiedMixin:
         marks = weights_marks(self)
         known, same, was_read = self._known_weights or (None, False, False)
         if marks != known or (read and not was_read):
-            same = weights_fingerprint(self) == self.exit_certificate.weights
+            same = self._has_weights_of(self.exit_certificate)
             self._known_weights = (marks, same, True)
         return same
+
+    def _has_weights_of(self, certificate: Certificate, state_dict: Mapping[str, torch.Tensor] | None = None) -> bool:
+        """Read all weights; those that cannot be read, offloaded or quantised, are not known to be the certified."""
+        try:
+            return weights_fingerprint(self, state_dict) == certificate.weights
+        except ValueError:
+            return False
 
     def train(self, mode: bool = True):
         if mode:
@@ -143,7 +153,7 @@ class CertifiedMixin:
         ones. They are read for that: not everything that writes to weights can be noticed.
         """
         certificate, saved = self.exit_certificate, self
-        if certificate is not None and weights_fingerprint(self, kwargs.get("state_dict")) != certificate.weights:
+        if certificate is not None and not self._has_weights_of(certificate, kwargs.get("state_dict")):
             warnings.warn(NOT_SAVED, CertificateWarning, stacklevel=3)
             saved = self._without_certificate()
         super(CertifiedMixin, saved).save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)

@@ -12,6 +12,7 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from transformers import PreTrainedTokenizerBase
 
+from hf_earlyexit.plain import is_dense, where
 from hf_earlyexit.policies import at_least_float32
 
 
@@ -19,9 +20,17 @@ def weights_fingerprint(model: torch.nn.Module, state_dict: Mapping[str, torch.T
     """SHA-256 of all weights, by name: models with the same one say the same.
 
     Half precisions are read as fp32, so that loading a bf16 checkpoint in fp32 and saving it again changes nothing.
+
+    Raises:
+        ValueError: A weight has no numbers to be read: offloaded, or quantised in a format of its own.
     """
     digest = hashlib.sha256()
     for name, tensor in sorted((state_dict or model.state_dict()).items()):
+        if not is_dense(tensor):
+            raise ValueError(
+                f"The weights of `{name}`, {where(tensor)}, cannot be read to tell whether they are the same again: "
+                "load the model unquantised and into memory."
+            )
         digest.update(name.encode())
         values = at_least_float32(tensor.detach()) if tensor.is_floating_point() else tensor.detach()
         digest.update(values.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())

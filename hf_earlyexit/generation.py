@@ -8,7 +8,7 @@ file knows of an encoder-decoder model what the library's loops know; a family's
 from __future__ import annotations
 
 import inspect
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -88,7 +88,10 @@ class EarlyExitGenerateBeamOutput(OutputCache, GenerateBeamEncoderDecoderOutput)
 
 
 class EarlyExitGenerationMixin(CertifiedMixin, PreparedMixin):
-    """`generate` with exits, for a class that has `early_exit`, `exit_heads` and what `PreparedMixin` asks for."""
+    """`generate` with exits, for a class that has `early_exit`, `exit_heads`, `passed_by` and what `PreparedMixin`
+    asks for."""
+
+    passed_by: Callable[..., list[str]]
 
     def generate(
         self,

@@ -18,12 +18,32 @@ class ZeroLinear(nn.Linear):
     """A linear map that starts at zero, so that what it is added to starts unchanged."""
 
 
-class IdentityLinear(nn.Linear):
-    """A linear map that starts as the identity."""
+class InnerLinear(nn.Linear):
+    """The first linear map of a perceptron; its own class, so that the model's default initialisation does not reach
+    it."""
 
 
-class ClassifierLinear(nn.Linear):
-    """A classifier's linear map; its own class, so that the model's default initialisation does not reach it."""
+class StateLinear(nn.Linear):
+    """A linear map of raw states, computed in their dtype, also under autocast: they can be too large for fp16."""
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        device = hidden.device.type
+        if torch.is_autocast_enabled(device):
+            with torch.autocast(device, enabled=False):
+                return self._in_dtype_of(hidden)
+        return self._in_dtype_of(hidden)
+
+    def _in_dtype_of(self, hidden: torch.Tensor) -> torch.Tensor:
+        bias = None if self.bias is None else self.bias.to(hidden.dtype)
+        return nn.functional.linear(hidden, self.weight.to(hidden.dtype), bias)
+
+
+class IdentityLinear(StateLinear):
+    """It starts as the identity."""
+
+
+class ClassifierLinear(StateLinear):
+    """A classifier's."""
 
 
 class ExitNorm(nn.Module):
@@ -67,7 +87,7 @@ class MlpHead(NormHead):
 
     def __init__(self, hidden_size: int, epsilon: float):
         super().__init__(hidden_size, epsilon)
-        self.up = ClassifierLinear(hidden_size, hidden_size)
+        self.up = InnerLinear(hidden_size, hidden_size)
         self.down = ZeroLinear(hidden_size, hidden_size, bias=False)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -86,7 +106,7 @@ class ShortcutHead(NormHead):
         self.map = IdentityLinear(hidden_size, hidden_size, bias=False)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        return self.norm(linear(self.map, hidden))  # raw states can be too large for fp16, so in their own dtype
+        return self.norm(self.map(hidden))
 
 
 HEADS: dict[str, type[NormHead]] = {
@@ -110,8 +130,8 @@ class Classifier(nn.Module):
         """Logits `[...]` of `hidden [..., hidden]`, in fp32 at least: raw states can be too large for fp16."""
         hidden = at_least_float32(hidden)
         if self.inner is not None:
-            hidden = torch.relu(linear(self.inner, hidden))
-        return linear(self.output, hidden).squeeze(-1)
+            hidden = torch.relu(self.inner(hidden))
+        return self.output(hidden).squeeze(-1)
 
 
 class ExitHeads(nn.Module):
@@ -168,7 +188,7 @@ def initialize(module: nn.Module) -> bool:
         init.zeros_(module.weight)
     elif isinstance(module, IdentityLinear):
         init.eye_(module.weight)
-    elif isinstance(module, ClassifierLinear):
+    elif isinstance(module, (ClassifierLinear, InnerLinear)):
         init.normal_(module.weight, mean=0.0, std=module.in_features**-0.5)
         init.zeros_(module.bias)
     elif isinstance(module, ExitNorm):
@@ -176,13 +196,3 @@ def initialize(module: nn.Module) -> bool:
     else:
         return False
     return True
-
-
-def linear(layer: nn.Linear, hidden: torch.Tensor) -> torch.Tensor:
-    """`layer` computed in the dtype of `hidden`, also under autocast, which would compute in its own."""
-    device = hidden.device.type
-    if torch.is_autocast_enabled(device):
-        with torch.autocast(device, enabled=False):
-            return linear(layer, hidden)
-    bias = None if layer.bias is None else layer.bias.to(hidden.dtype)
-    return nn.functional.linear(hidden, layer.weight.to(hidden.dtype), bias)

@@ -32,6 +32,8 @@ class Decoder(Protocol):
     """What the walk needs of a family. One adapter is made per `generate` call and holds what is constant in it."""
 
     num_layers: int
+    # Whether `lm_head_rows` can be asked; where the head must be called as a module, all of it is.
+    scores_rows: bool
 
     @staticmethod
     def shape(model: nn.Module) -> DecoderShape:
@@ -212,7 +214,8 @@ def exit_point(
 
     positions = [cache.lengths[row] for row in rows]
     states, classify = (hidden[:, 0], previous[:, 0]), decoder.exit_probability
-    point = ExitPoint(layer, rows.indices, positions, *states, score, classify, score_some, run.shortlist, run.streaks)
+    some = score_some if decoder.scores_rows else None
+    point = ExitPoint(layer, rows.indices, positions, *states, score, classify, some, run.shortlist, run.streaks)
     if (answer := decoder.answer(layer, rows)) is not None:
         point.answer = answer.confidences
         if answer.logits is not None:

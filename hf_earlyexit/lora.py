@@ -14,6 +14,7 @@ from torch import nn
 from hf_earlyexit.config import is_integer, is_number
 from hf_earlyexit.extras import require
 from hf_earlyexit.models import EarlyExitT5ForConditionalGeneration
+from hf_earlyexit.plain import described, has_dense_weight
 
 
 FLAGS = "_requires_grad_before_lora"
@@ -126,10 +127,9 @@ def _maps_of(model: nn.Module, targets: Sequence[str] | None) -> list[str]:
         raise ValueError(f"`targets` must be a list of the maps that blocks have, {known}, or None, got {targets!r}.")
     chosen = [name for name in maps if targets is None or name.rpartition(".")[2] in targets]
     for name in chosen:
-        weight = maps[name].weight.data
-        if type(maps[name]) is not nn.Linear or type(weight) is not torch.Tensor:
+        if type(maps[name]) is not nn.Linear or not has_dense_weight(maps[name]):
             raise ValueError(
-                f"`{name}` is a `{type(maps[name]).__name__}` with weights of type `{type(weight).__name__}`, into "
-                "which an adapter cannot be merged: load the model unquantised."
+                f"`{name}` is {described(maps[name])}, into which an adapter cannot be merged: load the model "
+                "unquantised and into memory."
             )
     return chosen

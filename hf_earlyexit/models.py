@@ -9,7 +9,16 @@ from collections.abc import Callable
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForSeq2SeqLM, PreTrainedConfig, T5ForConditionalGeneration
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForSeq2SeqLM,
+    AutoModelForTextEncoding,
+    PreTrainedConfig,
+    T5EncoderModel,
+    T5ForConditionalGeneration,
+    T5Model,
+)
 from transformers.modeling_outputs import Seq2SeqLMOutput
 
 from hf_earlyexit import attention
@@ -24,8 +33,8 @@ from hf_earlyexit.stock import stock_of
 from hf_earlyexit.t5 import T5Decoder
 from hf_earlyexit.t5_compiled import CompiledT5Decoder
 from hf_earlyexit.t5_graphs import GraphedT5Decoder, refuse_unrecordable
-from hf_earlyexit.t5_prepared import PreparedT5, PreparedT5Decoder, refuse_hooks
-from hf_earlyexit.t5_structure import structure_of
+from hf_earlyexit.t5_prepared import PreparedT5, PreparedT5Decoder, refuse_hooks, refuse_unless_plain
+from hf_earlyexit.t5_structure import passed_by, structure_of
 
 
 class EarlyExitT5ForConditionalGeneration(EarlyExitGenerationMixin, T5ForConditionalGeneration):
@@ -41,9 +50,11 @@ class EarlyExitT5ForConditionalGeneration(EarlyExitGenerationMixin, T5ForConditi
     compiled_adapter = CompiledT5Decoder
     graphed_adapter = GraphedT5Decoder
     prepare_weights = PreparedT5
+    refuse_unless_plain = staticmethod(refuse_unless_plain)
     refuse_hooks = staticmethod(refuse_hooks)
     refuse_unrecordable = staticmethod(refuse_unrecordable)
     structure_of = staticmethod(structure_of)
+    passed_by = staticmethod(passed_by)
     # T5 takes `num_items_in_batch` and ignores it, so that a `Trainer` that believes it was heeded does not divide the
     # losses of accumulated batches by their number.
     accepts_loss_kwargs = False
@@ -92,7 +103,8 @@ class EarlyExitT5ForConditionalGeneration(EarlyExitGenerationMixin, T5ForConditi
         Heads that the checkpoint lacks start as the logit lens; nothing else may be missing.
 
         Raises:
-            ValueError: The checkpoint is of another family, or `early_exit` does not fit the decoder.
+            ValueError: The checkpoint is of another family, `early_exit` does not fit the decoder, or heads that the
+                checkpoint lacks would be offloaded.
         """
         config, kwargs = early_exit_config(pretrained_model_name_or_path, config, kwargs)
         if kwargs.get("quantization_config") is not None:
@@ -103,7 +115,13 @@ class EarlyExitT5ForConditionalGeneration(EarlyExitGenerationMixin, T5ForConditi
         model, info = super().from_pretrained(
             pretrained_model_name_or_path, *model_args, config=config, output_loading_info=True, **kwargs
         )
-        missing = {key.removeprefix("exit_heads.") for key in info["missing_keys"] if key.startswith("exit_heads.")}
+        new = sorted(key for key in info["missing_keys"] if key.startswith("exit_heads."))
+        if lost := [key for key in new if model.get_parameter(key).is_meta]:
+            raise ValueError(
+                f"{str(pretrained_model_name_or_path)!r} lacks `{lost[0]}`, which cannot be made on a disk: load "
+                "without offloading, `save_pretrained`, and offload that."
+            )
+        missing = {key.removeprefix("exit_heads.") for key in new}
         model.exit_heads.start_as_logit_lens(model.decoder.final_layer_norm, missing)
         if any(name.startswith("classifiers.") for name in missing):
             model.config.early_exit["classifier"]["trained"] = False
@@ -178,5 +196,21 @@ def without_heads(quantization_config):
     return config
 
 
+class EarlyExitT5Model(T5Model):
+    """The stock `T5Model` of an early-exit checkpoint: no LM head, so no exits, and every layer runs."""
+
+    config_class = EarlyExitT5Config
+    _keys_to_ignore_on_load_unexpected = (*T5Model._keys_to_ignore_on_load_unexpected, "exit_heads", "lm_head")
+
+
+class EarlyExitT5EncoderModel(T5EncoderModel):
+    """The stock `T5EncoderModel` of an early-exit checkpoint."""
+
+    config_class = EarlyExitT5Config
+    _keys_to_ignore_on_load_unexpected = (*T5EncoderModel._keys_to_ignore_on_load_unexpected, "exit_heads", "lm_head")
+
+
 AutoConfig.register("early_exit_t5", EarlyExitT5Config)
+AutoModel.register(EarlyExitT5Config, EarlyExitT5Model)
+AutoModelForTextEncoding.register(EarlyExitT5Config, EarlyExitT5EncoderModel)
 AutoModelForSeq2SeqLM.register(EarlyExitT5Config, EarlyExitT5ForConditionalGeneration)

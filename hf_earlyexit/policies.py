@@ -61,8 +61,8 @@ class ExitPoint:
         previous: `[rows, hidden]`, the output of the block below; the embeddings at layer 1.
 
     It is made with functions of a layer and its hidden states: `score` gives `[rows, vocabulary]`, `classify` gives
-    `[rows]`, `score_some` `[rows, candidates]` of token ids. Without a `shortlist` and `streaks` it is the first point
-    of its rows.
+    `[rows]`, `score_some` `[rows, candidates]` of token ids; without it candidates are read from all scores. Without a
+    `shortlist` and `streaks` it is the first point of its rows.
     """
 
     def __init__(
@@ -117,7 +117,10 @@ class ExitPoint:
         if ids is None:
             self._shortlist.choose(self.rows, self.logits, count)
             return self.logits
-        logits = self._score_some(self.layer, self.hidden, ids)
+        if self._score_some is None:
+            logits = self.logits.gather(1, ids)
+        else:
+            logits = self._score_some(self.layer, self.hidden, ids)
         self._judged.append((ids, logits))
         return logits
 

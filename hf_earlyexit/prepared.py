@@ -38,13 +38,15 @@ class PreparedCopy(NamedTuple):
 
 
 class PreparedMixin:
-    """`prepare_for_generation`, for a class with adapters, `prepare_weights`, `refuse_hooks` and `structure_of`."""
+    """`prepare_for_generation`, for a class with adapters, `prepare_weights`, `refuse_unless_plain`, `refuse_hooks`
+    and `structure_of`."""
 
     decoder_adapter: Callable[..., Decoder]
     prepared_adapter: Callable[..., Decoder]
     compiled_adapter: Callable[..., Decoder]
     graphed_adapter: Callable[..., Decoder]
     prepare_weights: Callable
+    refuse_unless_plain: Callable
     refuse_hooks: Callable
     refuse_unrecordable: Callable
     structure_of: Callable[..., tuple]
@@ -70,6 +72,7 @@ class PreparedMixin:
         """
         if self.training:
             raise ValueError("`prepare_for_generation` needs eval mode: call `model.eval()` first.")
+        self.refuse_unless_plain(self)
         before = weights_marks(self), weights_sums(self), tuple(self.parameters()), self.structure_of(self)
         self._prepared_copy = PreparedCopy(self.prepare_weights(self), *before)
         return self

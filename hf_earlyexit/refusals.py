@@ -90,8 +90,9 @@ def not_supported(model, config: GenerationConfig, model_kwargs: dict[str, Any])
         problems.append("being the assistant of another model: use it on its own")
     if model.training:
         problems.append("training mode: call `model.eval()`")
-    if not attention_of(model.decoder.config).startswith(attention.PREFIX):
+    decoder_config = getattr(model.decoder, "config", None)  # there is none where it was wrapped
+    if decoder_config is not None and not attention_of(decoder_config).startswith(attention.PREFIX):
         problems.append(f"`attn_implementation={attention_of(model.config)!r}`: use 'sdpa' or 'eager'")
     if len(set((getattr(model, "hf_device_map", None) or {}).values())) > 1:
         problems.append("a model spread over several devices by `device_map`: put it on one")
-    return problems
+    return problems + model.passed_by(model)

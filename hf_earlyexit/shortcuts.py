@@ -17,12 +17,15 @@ from torch import nn
 from tqdm import tqdm
 
 from hf_earlyexit.config import is_number
+from hf_earlyexit.heads import ExitNorm, IdentityLinear, ShortcutHead
 from hf_earlyexit.intervals import ratio_interval
 from hf_earlyexit.labelled import IGNORED, LabelledExits
 from hf_earlyexit.models import EarlyExitT5ForConditionalGeneration
+from hf_earlyexit.plain import described, has_dense_weight, is_plain_linear, is_untouched
 
 
 KIND = "shortcut"
+REMEDY = "merge adapters (`merge_and_unload`), or load the model into memory"
 
 
 @dataclass(frozen=True)
@@ -275,7 +278,27 @@ def _layers_of(model: EarlyExitT5ForConditionalGeneration) -> list[int]:
             f"`model` has no exit point with a head of kind {KIND!r}, its kinds are {list(exits.heads)}: load it with "
             f'`early_exit=EarlyExitConfig(heads="{KIND}")`.'
         )
+    _refuse_other_modules(model, layers)
     return layers
+
+
+def _refuse_other_modules(model: EarlyExitT5ForConditionalGeneration, layers: list[int]) -> None:
+    """See that the weights that are written and judged are what the heads say.
+
+    Raises:
+        ValueError: A map or a norm is not the plain one; the message names it.
+    """
+    for layer in layers:
+        head, name = model.exit_heads.heads[str(layer)], f"exit_heads.heads.{layer}"
+        if type(head) is not ShortcutHead:
+            raise ValueError(f"`{name}` is {described(head)}, not a shortcut: put the head of the checkpoint back.")
+        if not is_plain_linear(head.map, IdentityLinear):
+            raise ValueError(f"`{name}.map` is {described(head.map)}, changed or offloaded: {REMEDY}.")
+        if not (type(head.norm) is ExitNorm and is_untouched(head.norm) and has_dense_weight(head.norm)):
+            raise ValueError(f"`{name}.norm` is {described(head.norm)}, changed or offloaded: {REMEDY}.")
+    if not has_dense_weight(model.decoder.final_layer_norm):
+        norm = described(model.decoder.final_layer_norm)
+        raise ValueError(f"`decoder.final_layer_norm` is {norm}, whose scale heads cannot take over: {REMEDY}.")
 
 
 @torch.no_grad()

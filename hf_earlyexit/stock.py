@@ -30,7 +30,8 @@ def stock_of(model: EarlyExitT5ForConditionalGeneration, layers: int | None = No
             point there, so that one must be trained for it to make sense.
 
     Raises:
-        ValueError: The model has no exit point after that many layers.
+        ValueError: The model has no exit point after that many layers, or its weights are not those of a T5 in memory
+            (adapters, wrappers, offloading).
     """
     depth = model.config.num_decoder_layers
     layers = depth if layers is None else layers
@@ -38,7 +39,9 @@ def stock_of(model: EarlyExitT5ForConditionalGeneration, layers: int | None = No
         raise ValueError(f"`layers={layers}` is no exit point: {[*model.early_exit.exit_layers, depth]} are.")
     with torch.device("meta"):
         stock = T5ForConditionalGeneration(stock_config(model, layers))
-    stock.load_state_dict(_weights_of(model, layers), assign=True)
+    weights = _weights_of(model, layers)
+    _refuse_other_weights(weights, stock)
+    stock.load_state_dict(weights, assign=True)
     if layers < depth:
         head = model.exit_heads.head_of(layers, stock.decoder.final_layer_norm)
         same_weights = {id(weight): nn.Parameter(weight.detach()) for weight in head.parameters()}
@@ -73,3 +76,22 @@ def _weights_of(model: EarlyExitT5ForConditionalGeneration, layers: int) -> dict
     return {
         name: tensor for name, tensor in model.state_dict().items() if not name.startswith(("exit_heads.", *deeper))
     }
+
+
+def _refuse_other_weights(weights: dict[str, torch.Tensor], stock: nn.Module) -> None:
+    """See that a stock model can be made of these weights.
+
+    Raises:
+        ValueError: It cannot; the message names one that is missing, left over or not in memory.
+    """
+    needed = set(stock.state_dict())
+    if others := sorted(needed ^ set(weights)):
+        raise ValueError(
+            f"A stock T5 has {'' if others[0] in needed else 'no '}weights `{others[0]}`, unlike this model: merge "
+            "its adapters (`merge_and_unload`), or put the library's modules back."
+        )
+    if offloaded := [name for name, weight in weights.items() if weight.is_meta]:
+        raise ValueError(
+            f"The weights of `{offloaded[0]}` are offloaded, so no stock T5 can share them: load the model "
+            "into memory."
+        )

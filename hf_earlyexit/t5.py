@@ -19,6 +19,7 @@ from hf_earlyexit import attention
 from hf_earlyexit.cache import EarlyExitCache
 from hf_earlyexit.layers import Answer, DecoderShape
 from hf_earlyexit.library import CACHE
+from hf_earlyexit.plain import is_plain_linear
 from hf_earlyexit.policies import ExitCriterion
 from hf_earlyexit.rows import Rows
 from hf_earlyexit.transfer import to_device
@@ -79,6 +80,7 @@ class T5Decoder:
 
     Attributes:
         pads_source: Whether any source position of any row is padding. A batch of one row can be padded, too.
+        scores_rows: Whether rows of the LM head's weight can be scored without the rest (see `lm_head_rows`).
     """
 
     def __init__(
@@ -91,7 +93,7 @@ class T5Decoder:
         self.model, self.stack, self.blocks = model, model.decoder, model.decoder.block
         self.num_layers = len(self.blocks)
         self.encoder_states = cache.encoder_states
-        self.dtype = self.blocks[0].layer[0].SelfAttention.relative_attention_bias.weight.dtype
+        self.dtype = model.dtype
         self.view = T5BlockView(cache)
         source = self.encoder_states.shape[1]
         device = self.encoder_states.device
@@ -102,18 +104,17 @@ class T5Decoder:
             self.cross_mask = torch.zeros(1, 1, 1, source, dtype=self.dtype, device=device)
         self.prompt_mask = additive_mask(decoder_mask, self.dtype, device) if is_padded(decoder_mask) else None
         self.reversed_bias = torch.empty(0)
+        self.scores_rows = is_plain_linear(model.lm_head)
         self.candidates: torch.Tensor | None = None
 
     @staticmethod
     def shape(model: nn.Module) -> DecoderShape:
-        keys = model.decoder.block[0].layer[0].SelfAttention
-        return DecoderShape(
-            len(model.decoder.block), keys.n_heads, keys.key_value_proj_dim, model.lm_head.weight.dtype
-        )
+        config, blocks = model.config, getattr(model.decoder, "block", None)
+        num_layers = config.num_decoder_layers if blocks is None else len(blocks)
+        return DecoderShape(num_layers, config.num_heads, config.d_kv, model.dtype)
 
     def no_logits(self, batch_size: int) -> torch.Tensor:
-        weight = self.model.lm_head.weight
-        return weight.new_zeros(batch_size, 1, weight.shape[0])
+        return self.encoder_states.new_zeros(batch_size, 1, self.model.config.vocab_size, dtype=self.dtype)
 
     def embed(self, ids: torch.Tensor, rows: Rows) -> torch.Tensor:
         return self.stack.dropout(self.stack.embed_tokens(rows.select(ids)))

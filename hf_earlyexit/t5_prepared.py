@@ -20,12 +20,18 @@ from hf_earlyexit.attention import attend, sdpa
 from hf_earlyexit.cache import EarlyExitCache
 from hf_earlyexit.heads import NormHead
 from hf_earlyexit.kernel_switch import optional_kernels
-from hf_earlyexit.library import RECORDERS
 from hf_earlyexit.packing import PackedLinear, at_least_a_tile, packs
+from hf_earlyexit.plain import described, has_dense_weight, is_hooked
 from hf_earlyexit.policies import at_least_float32
 from hf_earlyexit.rows import Rows
 from hf_earlyexit.t5 import T5Decoder
-from hf_earlyexit.t5_structure import modules_of, refuse_other_forwards, replaced_modules
+from hf_earlyexit.t5_structure import (
+    modules_of,
+    passed_by,
+    refuse_other_forwards,
+    refuse_other_norms,
+    replaced_modules,
+)
 from hf_earlyexit.transfer import settle
 
 
@@ -76,15 +82,10 @@ class PreparedT5:
     """A copy of a T5 decoder's weights for decoding. What is small or has no packed layout is not copied but shared.
 
     Args:
-        model: An `EarlyExitT5ForConditionalGeneration`.
-
-    Raises:
-        ValueError: A part of the decoder is not the library's plain one (LoRA, quantised, hooked, a `forward` of its
-            own, training mode), or is in fp16.
+        model: An `EarlyExitT5ForConditionalGeneration` that `refuse_unless_plain` lets pass.
     """
 
     def __init__(self, model: nn.Module):
-        refuse_unless_plain(model)
         with torch.no_grad():
             self.layers = [PreparedLayer(block) for block in model.decoder.block]
             self.lm_head = packed(model.lm_head)
@@ -246,17 +247,18 @@ def refuse_unless_plain(model: nn.Module) -> None:
     """See that a copy of the weights would say what the decoder's modules say.
 
     Raises:
-        ValueError: It would not; the message names the module.
+        ValueError: A part of the decoder is not the library's plain one (LoRA, quantised, offloaded, hooked, a
+            `forward` of its own, training mode), or is in fp16; the message names it.
     """
+    if problems := passed_by(model):
+        raise ValueError(f"`prepare_for_generation` does not go with {'; '.join(problems)}.")
     for name, module in (("lm_head", model.lm_head), *_maps_of(model)):
-        if type(module) is not nn.Linear or type(module.weight.data) is not torch.Tensor or module.bias is not None:
-            weight = (
-                f" with weights of type `{type(module.weight.data).__name__}`" if hasattr(module, "weight") else ""
-            )
+        if type(module) is not nn.Linear or not has_dense_weight(module) or module.bias is not None:
             raise ValueError(
-                f"`prepare_for_generation` needs the plain linear maps of T5, but `{name}` is a "
-                f"`{type(module).__name__}`{weight}: merge adapters (`merge_and_unload`) or load unquantised weights."
+                f"`prepare_for_generation` needs the plain linear maps of T5, but `{name}` is {described(module)}: "
+                "merge adapters (`merge_and_unload`), or load unquantised weights into memory."
             )
+    refuse_other_norms(model)
     refuse_hooks(model)
     refuse_other_forwards(model)
     dtypes = {parameter.dtype for parameter in (model.lm_head.weight, *model.decoder.parameters())}
@@ -273,16 +275,11 @@ def refuse_hooks(model: nn.Module) -> None:
     Raises:
         ValueError: Some would; the message names the module.
     """
-    if not any(map(_is_hooked, modules_of(model.lm_head, model.decoder, model.exit_heads))):
+    if not any(map(is_hooked, modules_of(model.lm_head, model.decoder, model.exit_heads))):
         return
     for name, module in (*replaced_modules(model), *model.decoder.named_modules(prefix="decoder")):
-        if _is_hooked(module):
+        if is_hooked(module):
             raise ValueError(f"`prepare_for_generation` would not call the hooks of `{name}`: remove them.")
-
-
-def _is_hooked(module: nn.Module) -> bool:
-    hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
-    return "_hf_hook" in vars(module) or any(getattr(hook, "__module__", None) != RECORDERS for hook in hooks)
 
 
 def _maps_of(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

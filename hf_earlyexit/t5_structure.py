@@ -2,6 +2,9 @@
 
 A copy stands in for the modules of the decoder, the LM head and the exit norms. Modules that are still called (the
 embedding, activations, other exit heads) may be anything when the copy is made, but not be replaced afterwards.
+
+Also without a copy the walk calls the decoder's blocks and the maps of keys and values by themselves, so what is
+changed about the modules around them would be passed by.
 """
 
 from __future__ import annotations
@@ -10,18 +13,36 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from torch import nn
-from transformers.models.t5.modeling_t5 import T5LayerNorm
+from transformers.models.t5.modeling_t5 import (
+    T5Attention,
+    T5Block,
+    T5LayerCrossAttention,
+    T5LayerNorm,
+    T5LayerSelfAttention,
+    T5Stack,
+)
 
 from hf_earlyexit.heads import ExitNorm, NormHead
+from hf_earlyexit.plain import described, has_dense_weight, has_hooks, has_hooks_before, is_moved
 
 
 # Packages whose modules do what their class says.
 PLAIN_PACKAGES = ("torch", "transformers")
-OWN = (T5LayerNorm, NormHead, ExitNorm)  # the first of which may come from another package that the library found
+NORMS = (T5LayerNorm, ExitNorm)  # the first may come from another package that the library found
+OWN = (*NORMS, NormHead)
 # Without numbers that matter, and most of all modules.
 WITHOUT_NUMBERS = (nn.Linear, nn.ModuleList, nn.ModuleDict)
 # Values of the configuration that a copy or a compiled region has taken over.
 TAKEN_OVER = ("scale_decoder_outputs", "is_gated_act", "layer_norm_epsilon", "num_heads")
+
+
+# The library's modules of a block that the walk goes around for keys and values of the source and of skipped layers.
+AROUND_MAPS = (
+    ("layer.0", T5LayerSelfAttention),
+    ("layer.0.SelfAttention", T5Attention),
+    ("layer.1", T5LayerCrossAttention),
+    ("layer.1.EncDecAttention", T5Attention),
+)
 
 
 class Part(NamedTuple):
@@ -77,6 +98,31 @@ def refuse_other_forwards(model: nn.Module) -> None:
             raise ValueError(f"`prepare_for_generation` needs eval mode, `{name}` is not: call `model.eval()`.")
 
 
+def refuse_other_norms(model: nn.Module) -> None:
+    """See that the norms that a copy stands in for are root-mean-square norms with a scale.
+
+    Raises:
+        ValueError: One is not; the message names it.
+    """
+    for name, module in replaced_norms(model):
+        if type(module) not in NORMS or not has_dense_weight(module):
+            raise ValueError(
+                f"`prepare_for_generation` would not call `{name}`, {described(module)}: use the library's "
+                "root-mean-square norm."
+            )
+
+
+def replaced_norms(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The norms that are not called once there is a copy, by name."""
+    for number, block in enumerate(model.decoder.block):
+        for kind, part in enumerate(block.layer):
+            yield f"decoder.block.{number}.layer.{kind}.layer_norm", part.layer_norm
+    yield "decoder.final_layer_norm", model.decoder.final_layer_norm
+    for layer, head in model.exit_heads.heads.items():
+        if type(head) is NormHead:
+            yield f"exit_heads.heads.{layer}.norm", head.norm
+
+
 def replaced_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """The modules that are not called once there is a copy, by name."""
     yield "lm_head", model.lm_head
@@ -88,3 +134,80 @@ def replaced_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         if type(head) is NormHead:
             yield name, head
             yield f"{name}.norm", head.norm
+
+
+# --- what the walk would pass by ------------------------------------------------------------------------------------
+
+
+def passed_by(model: nn.Module) -> list[str]:
+    """What of a model would not be called as the library calls it, each with the remedy: none of a stock model.
+
+    Linear maps, norms, the embedding, the LM head and exit heads are called as modules and may be anything.
+    """
+    decoder = model.decoder
+    if not _runs_as(decoder, T5Stack) or not isinstance(decoder.block, nn.ModuleList):
+        return [f"`decoder`, {described(decoder)} in place of the library's: put that back"]
+    problems = [
+        f"hooks of {name}, which is not called as a whole: remove them"
+        for name, module in (("the model", model), ("`decoder`", decoder))
+        if has_hooks(module)
+    ]
+    for number, block in enumerate(decoder.block):
+        problems += _passed_by_in_block(f"decoder.block.{number}", block)
+    return problems or _without_weights(model)
+
+
+def _passed_by_in_block(name: str, block: nn.Module) -> list[str]:
+    whole = getattr(block, "_orig_mod", block)  # of a block that `torch.compile` has wrapped
+    if not isinstance(whole, T5Block) or type(whole).forward is not T5Block.forward:
+        return [f"`{name}`, {described(block)} in place of the library's: put that back"]
+    for inner, kind in AROUND_MAPS:
+        module = whole
+        for part in inner.split("."):
+            module = module._modules[part]
+        if not _runs_as(module, kind):
+            return [f"`{name}.{inner}`, {described(module)} with a `forward` of its own: put the library's back"]
+        if has_hooks_before(module):
+            return [f"hooks before `{name}.{inner}`, which is not called as a whole: remove them"]
+    return []
+
+
+def _runs_as(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether it is called as the library calls its `kind`."""
+    own = "forward" in vars(module) and not is_moved(module)
+    return isinstance(module, kind) and type(module).forward is kind.forward and not own
+
+
+def _without_weights(model: nn.Module) -> list[str]:
+    """Modules that the walk calls by themselves and whose weights only a module around them would bring."""
+    lacking = [name for name, module in _called_alone(model) if _lacks_weights(module)]
+    return [
+        f"`{name}`, whose weights are on the meta device until a module around it is called: offload each module by "
+        "itself (no `preload_module_classes`)"
+        for name in lacking[:1]
+    ]
+
+
+def _lacks_weights(root: nn.Module) -> bool:
+    parts = modules_of(root) if root._modules else (root,)  # most are a single map
+    held = ((module, one) for module in parts for one in module._parameters.values())
+    return any(one is not None and one.is_meta and not is_moved(module) for module, one in held)
+
+
+def _called_alone(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The modules that the walk calls by themselves, besides blocks, by name."""
+    for name in ("embed_tokens", "final_layer_norm"):
+        yield f"decoder.{name}", getattr(model.decoder, name)
+    for number, block in enumerate(model.decoder.block):
+        own, cross = block.layer[0], block.layer[1].EncDecAttention
+        keys = f"decoder.block.{number}.layer"
+        yield f"{keys}.0.layer_norm", own.layer_norm
+        for name in ("k", "v"):
+            yield f"{keys}.0.SelfAttention.{name}", getattr(own.SelfAttention, name)
+            yield f"{keys}.1.EncDecAttention.{name}", getattr(cross, name)
+    yield (
+        "decoder.block.0.layer.0.SelfAttention.relative_attention_bias",
+        (model.decoder.block[0].layer[0].SelfAttention.relative_attention_bias),
+    )
+    yield "lm_head", model.lm_head
+    yield "exit_heads", model.exit_heads

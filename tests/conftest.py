@@ -43,6 +43,7 @@ ONCE = (
     "test_guarantee",
     "test_model_calibration",
     "test_mutations",
+    "test_mutations_of_modules",
     "test_mutations_of_promises",
     "test_mutations_of_speed",
     "test_verification",

@@ -132,12 +132,27 @@ def replace_a_norm(model):
     part.layer_norm = OwnNorm(part.layer_norm.weight)
 
 
+def replace_a_norm_by_torchs(model):
+    """It has a scale and an `eps`, too, and takes the mean away."""
+    part = model.decoder.block[1].layer[1]
+    part.layer_norm = nn.LayerNorm(32, bias=False, dtype=torch.float64)
+
+
+def wrap_a_heads_norm(model):
+    model.exit_heads.heads["2"].norm = nn.Sequential(model.exit_heads.heads["2"].norm)
+
+
 @pytest.mark.parametrize(
     "change, message",
     [
         (replace_a_forward, r"the own `forward` of `decoder.block.0.layer.2`: remove it"),
         (replace_the_heads_forward, r"the own `forward` of `exit_heads.heads.3`"),
         (replace_a_norm, r"would not call `decoder.block.1.layer.1.layer_norm`, a `OwnNorm`"),
+        (
+            replace_a_norm_by_torchs,
+            r"would not call `decoder.block.1.layer.1.layer_norm`, a `LayerNorm`: use",
+        ),
+        (wrap_a_heads_norm, r"would not call `exit_heads.heads.2.norm`, a `Sequential`"),
         (let_a_part_drop_out, r"needs eval mode, `decoder.block.0.layer.2` is not"),
     ],
 )

@@ -8,7 +8,15 @@ import sys
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForSeq2SeqLM, T5Config, T5ForConditionalGeneration, UMT5Config
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForSeq2SeqLM,
+    AutoModelForTextEncoding,
+    T5Config,
+    T5ForConditionalGeneration,
+    UMT5Config,
+)
 
 from hf_earlyexit import ClassifierConfig, EarlyExitConfig, EarlyExitT5Config, EarlyExitT5ForConditionalGeneration
 from tests import laws
@@ -290,3 +298,25 @@ def test_on_a_gpu(family, device):
         for fill in ("lazy", "eager")
     ]
     assert torch.equal(outputs[0].sequences, outputs[1].sequences)
+
+
+@pytest.mark.parametrize("family", ("tied", "untied"))
+def test_models_without_a_head_are_stocks(family, tmp_path):
+    """`AutoModel` and `AutoModelForTextEncoding` of a saved folder, without a word of weights that are left over."""
+    stock, model = tiny_pair(family, 1, torch.float32, early_exit=MIXED)
+    model.save_pretrained(tmp_path / "ours")
+    stock.save_pretrained(tmp_path / "stock")
+    inputs = tiny_inputs(3)
+    for auto, call in (
+        (AutoModel, inputs | {"decoder_input_ids": inputs["input_ids"]}),
+        (AutoModelForTextEncoding, inputs),
+    ):
+        found, info = auto.from_pretrained(tmp_path / "ours", output_loading_info=True)
+        assert not any(info[name] for name in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+        assert isinstance(found.config, EarlyExitT5Config) and not hasattr(found, "exit_heads")
+        expected = auto.from_pretrained(tmp_path / "stock")
+        assert isinstance(found, type(expected)), "of the class that the library has for T5"
+        torch.testing.assert_close(found.eval()(**call)[0], expected.eval()(**call)[0], rtol=0, atol=0)
+        found.save_pretrained(tmp_path / "again")
+        again = auto.from_pretrained(tmp_path / "again").eval()
+        torch.testing.assert_close(again(**call)[0], expected(**call)[0], rtol=0, atol=0)

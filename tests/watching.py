@@ -57,9 +57,10 @@ def threshold_for(model, inputs, criterion, quantile: float = 0.6, **kwargs) -> 
 
 @contextmanager
 def counting(model):
-    """Counts, with hooks on the modules themselves, the rows x positions that run: by block, K projection and head.
+    """Counts, at the modules themselves, the rows x positions that run: by block, K projection and head.
 
-    Rows of the head's weights that are scored for candidates run through no module and are counted at the adapter.
+    A head with hooks is always called, so it is counted in its class. Rows of its weights that are scored for
+    candidates run through no module and are counted at the adapter.
     """
     counts = {"block": Counter(), "keys": Counter(), "head": Counter(), "candidates": Counter()}
     score_some = model.decoder_adapter.lm_head_rows
@@ -75,12 +76,20 @@ def counting(model):
         counts["candidates"][0] += ids.numel()
         return score_some(decoder, head_input, ids)
 
-    hooks = [model.lm_head.register_forward_hook(count("head", 0))]
+    def counted_head(module, states):
+        if module is model.lm_head:
+            counts["head"][0] += states.shape[:-1].numel()
+        return run_map(module, states)
+
+    hooks, run_map = [], type(model.lm_head).forward
     for layer, block in enumerate(model.decoder.block, start=1):
         hooks.append(block.register_forward_hook(count("block", layer)))
         hooks.append(block.layer[0].SelfAttention.k.register_forward_hook(count("keys", layer)))
     try:
-        with mock.patch.object(model.decoder_adapter, "lm_head_rows", counted):
+        with (
+            mock.patch.object(type(model.lm_head), "forward", counted_head),
+            mock.patch.object(model.decoder_adapter, "lm_head_rows", counted),
+        ):
             yield counts
     finally:
         for hook in hooks:
