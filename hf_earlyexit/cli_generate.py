@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import shutil
 import sys
@@ -24,6 +25,8 @@ from hf_earlyexit.cli_arguments import (
     positive,
     schedule,
 )
+from hf_earlyexit.json_text import decode
+from hf_earlyexit.tables import READERS, Table, content_of, read_file, read_json_lines, suffix_of
 
 
 RESULT_FIELDS = ("output", "tokens", "layers_run", "mean_layers")
@@ -38,9 +41,9 @@ example:
   hf-earlyexit demo --criterion fixed --exit-layer 6
 """
 GENERATE = """\
-Generate one output for every line of a file, as JSON lines: the input, the output, its tokens, the layers that each
-token ran and their mean. Without an exit criterion, here or in the model's generation_config, every token runs all
-layers. Blank lines are skipped.
+Generate one output for every line of a text or row of a table, as JSON lines: the input, the output, its tokens, the
+layers that each token ran and their mean. Without an exit criterion, here or in the model's generation_config, every
+token runs all layers. Blank lines are skipped.
 """
 GENERATE_EXAMPLE = """\
 example:
@@ -80,11 +83,13 @@ def text_width() -> int:
 def add_generate_arguments(parser: argparse.ArgumentParser) -> None:
     """What `generate` takes."""
     files = parser.add_argument_group("files")
-    files.add_argument("--input-file", required=True, metavar="FILE", help="text or JSON lines; - is stdin")
+    files.add_argument(
+        "--input-file", required=True, metavar="FILE", help="text or table (.jsonl, .csv, ...); - is stdin"
+    )
     files.add_argument(
         "--input-field",
         metavar="NAME",
-        help="lines are JSON objects and this field is the input ('text', if the file is named .jsonl or .json)",
+        help="the column with the input ('text'); of other files than tables, lines are JSON objects",
     )
     files.add_argument("--output-file", metavar="FILE", help="where to write JSON lines (stdout)")
     add_model_arguments(parser.add_argument_group("model"))
@@ -131,33 +136,45 @@ def can_be_prepared(model) -> bool:
 
 
 def read_records(path: str, field: str | None) -> list[dict[str, Any]]:
-    """The lines of a file as objects whose `input` is the text; other fields of JSON lines are kept.
+    """The inputs of a file as objects whose `input` is the text; other cells of rows are kept.
 
     Raises:
         ValueError: There is no input, or a line is not what it should be; the message has its number.
     """
-    is_json = field is not None or path.endswith((".jsonl", ".json"))
-    with nullcontext(sys.stdin) if path == "-" else open(path, encoding="utf-8-sig") as lines:
-        numbered = [(number, line.strip()) for number, line in enumerate(lines, 1) if line.strip()]
-    name = "stdin" if path == "-" else path
-    if not numbered:
-        raise ValueError(f"{name} is empty: one input a line is expected")
-    if not is_json:
-        return [{"input": line} for _, line in numbered]
-    return [parse_record(line, field or "text", f"{name}, line {number}") for number, line in numbered]
+    if path != "-" and suffix_of(path) in READERS:
+        return records_of(read_file(path), field or "text")
+    name, content = ("stdin", standard_input()) if path == "-" else (path, content_of(path))
+    text = content if isinstance(content, str) else decode(content, name)
+    if field is not None:
+        return records_of(read_json_lines(text, name), field)
+    lines = [line.removesuffix("\n") for line in io.StringIO(text, newline=None)]
+    return _refuse_none([{"input": line} for line in lines if line.strip()], name)
 
 
-def parse_record(line: str, field: str, where: str) -> dict[str, Any]:
-    """One JSON line, its `field` renamed to `input`."""
-    try:
-        record = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where}: not JSON ({error.msg} at column {error.colno})") from error
-    if not isinstance(record, dict):
-        raise ValueError(f"{where}: a JSON object is expected, got {type(record).__name__}")
+def standard_input() -> bytes | str:
+    """What is piped in: bytes, or text where something else stands in for the stream."""
+    return getattr(sys.stdin, "buffer", sys.stdin).read()
+
+
+def records_of(table: Table, field: str) -> list[dict[str, Any]]:
+    """The rows of a table, their `field` renamed to `input`."""
+    return _refuse_none(
+        [record_of(record, field, table.where(row)) for row, record in enumerate(table.records)], table.path
+    )
+
+
+def record_of(record: dict[str, Any], field: str, where: str) -> dict[str, Any]:
+    """One row, its `field` renamed to `input`."""
     if not isinstance(record.get(field), str):
-        raise ValueError(f"{where}: the field {field!r} must be a text; the object has {list(record)}")
-    return {"input": record.pop(field), **_refuse_taken(record, where)}
+        raise ValueError(f"{where}: the field {field!r} must be a text; the row has {list(record)}: see --input-field")
+    others = {name: value for name, value in record.items() if name != field}
+    return {"input": record[field], **_refuse_taken(others, where)}
+
+
+def _refuse_none(records: list[dict[str, Any]], name: str) -> list[dict[str, Any]]:
+    if not records:
+        raise ValueError(f"{name} is empty: one input a line is expected")
+    return records
 
 
 def _refuse_taken(record: dict[str, Any], where: str) -> dict[str, Any]:
