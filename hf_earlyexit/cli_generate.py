@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
+from itertools import starmap
 from typing import Any, TextIO
 
 from hf_earlyexit import terminal
@@ -19,16 +19,25 @@ from hf_earlyexit.cli_arguments import (
     add_exit_settings,
     add_model_arguments,
     check_device,
+    check_file,
+    check_settings_files,
     exit_settings,
     load,
     model_path,
     positive,
+    rows_at_once,
     schedule,
+    source_cut,
+    text_of,
 )
+from hf_earlyexit.failures import reading
 from hf_earlyexit.json_text import decode
+from hf_earlyexit.output_files import refuse_overwriting, written_beside
 from hf_earlyexit.tables import READERS, Table, content_of, read_file, read_json_lines, suffix_of
 
 
+USUAL_ROWS = 8
+STDIN = 0  # its number among open files
 RESULT_FIELDS = ("output", "tokens", "layers_run", "mean_layers")
 DEMO = """\
 Generate from real inputs with the model that ships with the package, and show for every token the layer it left at,
@@ -94,9 +103,14 @@ def add_generate_arguments(parser: argparse.ArgumentParser) -> None:
     files.add_argument("--output-file", metavar="FILE", help="where to write JSON lines (stdout)")
     add_model_arguments(parser.add_argument_group("model"))
     text = parser.add_argument_group("generation")
-    text.add_argument("--prefix", default="", metavar="TEXT", help="put before each input, such as 'summarize: '")
-    text.add_argument("--batch-size", type=positive, default=8, metavar="N", help="inputs at once (8)")
+    text.add_argument(
+        "--prefix", type=text_of, default="", metavar="TEXT", help="put before each input, such as 'summarize: '"
+    )
+    text.add_argument("--batch-size", type=positive, metavar="N", help="inputs at once (as certified, else 8)")
     text.add_argument("--max-new-tokens", type=positive, metavar="N", help="tokens per output at most (the model's)")
+    text.add_argument(
+        "--max-source-tokens", type=positive, metavar="N", help="longer inputs are cut (as certified, else never)"
+    )
     text.add_argument("--num-beams", type=positive, metavar="N", help="beams; 1 is greedy (the model's)")
     exits = parser.add_argument_group("exit settings, the keywords of model.generate")
     add_exit_settings(exits, criterion="the model's", threshold="the model's", layers="the model's")
@@ -111,9 +125,10 @@ def generate(arguments: argparse.Namespace) -> int:
     model, tokenizer = load(arguments)
     if can_be_prepared(model):
         model.prepare_for_generation()
+    arguments.max_source_tokens = source_cut(arguments, model)
     tally = Tally(model.config.num_decoder_layers)
     with open_output(arguments.output_file) as output, progress(len(records), output) as bar:
-        for batch in batches(records, arguments.batch_size):
+        for batch in batches(records, rows_at_once(arguments, model, USUAL_ROWS)):
             for result in generate_batch(model, tokenizer, batch, arguments, tally):
                 print(to_json(result, output), file=output)
             output.flush()
@@ -186,23 +201,31 @@ def _refuse_taken(record: dict[str, Any], where: str) -> dict[str, Any]:
 
 def check_arguments(arguments: argparse.Namespace) -> None:
     """Refuse what cannot work before a model is loaded."""
-    if arguments.output_file and not Path(arguments.output_file).parent.is_dir():
-        raise ValueError(f"{arguments.output_file}: there is no such folder to write to")
+    check_file("--output-file", arguments.output_file)
+    source = STDIN if arguments.input_file == "-" else arguments.input_file
+    refuse_overwriting({"--output-file": arguments.output_file}, [source, model_path(arguments)])
     check_device(arguments.device)
     from transformers import GenerationConfig
 
     from hf_earlyexit.settings import ExitSettings
 
+    check_settings_files(model_path(arguments))
     try:
-        stored = GenerationConfig.from_pretrained(model_path(arguments))
+        with reading(model_path(arguments), "generation_config.json"):
+            stored = GenerationConfig.from_pretrained(model_path(arguments))
     except OSError:  # it has none, or there is no such model, which loading it will say
         stored = None
+    if (count := getattr(stored, "num_return_sequences", None) or 1) > 1:
+        raise ValueError(
+            f"the generation_config of {model_path(arguments)} asks for {count} outputs of each input "
+            "(num_return_sequences), one is written: set it to 1 there"
+        )
     ExitSettings.merge(exit_settings(arguments), None, stored)
 
 
 def open_output(path: str | None) -> AbstractContextManager[TextIO]:
-    """Where results go, to be used in a `with`; stdout is left open."""
-    return open(path, "w", encoding="utf-8") if path else nullcontext(sys.stdout)
+    """Where results go, to be used in a `with`. Standard output is left open."""
+    return written_beside(path) if path else nullcontext(sys.stdout)
 
 
 def progress(total: int, output: TextIO):
@@ -220,7 +243,8 @@ def batches(records: list[dict[str, Any]], size: int) -> Iterator[list[dict[str,
 def generate_batch(model, tokenizer, batch, arguments, tally: Tally) -> Iterator[dict[str, Any]]:
     """The results of a batch, in its order."""
     texts = [arguments.prefix + record["input"] for record in batch]
-    encoded = tokenizer(texts, return_tensors="pt", padding=True).to(model.device)
+    cut = {"truncation": True, "max_length": arguments.max_source_tokens} if arguments.max_source_tokens else {}
+    encoded = tokenizer(texts, return_tensors="pt", padding=True, **cut).to(model.device)
     options = {name: getattr(arguments, name) for name in ("max_new_tokens", "num_beams")}
     options = {name: value for name, value in options.items() if value is not None}
     output = model.generate(**encoded, **options, **exit_settings(arguments), return_dict_in_generate=True)
@@ -228,7 +252,7 @@ def generate_batch(model, tokenizer, batch, arguments, tally: Tally) -> Iterator
         raise ValueError("the model's generation_config asks for what the early-exit walk does not do: clear it there")
     tally.add(output)
     outputs = tokenizer.batch_decode(output.sequences, skip_special_tokens=True)
-    return map(result_of, batch, outputs, output.layers_run.tolist())
+    return starmap(result_of, zip(batch, outputs, output.layers_run.tolist(), strict=True))
 
 
 def result_of(record: dict[str, Any], text: str, layers_run: list[int]) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from hf_earlyexit.intervals import mean_interval
 from hf_earlyexit.journal import Journal
 from hf_earlyexit.loss_table import LossTable, record_losses, times_beside_stock
 from hf_earlyexit.models import EarlyExitT5ForConditionalGeneration
-from hf_earlyexit.promise import Promise, units_of
+from hf_earlyexit.promise import Promise, refuse_degenerate, units_of
 from hf_earlyexit.refusals import refuse_training_mode
 from hf_earlyexit.search import Search, curves_of, pareto_front
 from hf_earlyexit.settings import ExitSettings
@@ -84,7 +84,8 @@ def calibrate_model(
 
     Raises:
         ValueError: An argument is not legal, an input stands there twice, the calibrate part is too small for the
-            target even at zero loss (the message says how many inputs are needed). All before anything is generated.
+            target even at zero loss (the message says how many inputs are needed). All before anything is generated;
+            after the select part, that full depth writes the same for every input.
     """
     calibrator = _Calibrator(model, tokenizer, examples, promise, use or Use(), search or Search(), path)
     return calibrator.run(data_name)
@@ -124,6 +125,7 @@ class _Calibrator:
     def run(self, data_name: str) -> ModelCalibration:
         """All stages."""
         tables = {"select": self._table("select", self.candidates)}
+        self._refuse_degenerate("select")
         costs = self._costs("select", self.candidates)
         chains = self._chains(tables["select"], costs)
         tables["calibrate"] = self._table("calibrate", [one for chain in chains for one in chain])
@@ -202,6 +204,10 @@ class _Calibrator:
     def _table(self, part: str, candidates: Sequence[Candidate]) -> LossTable:
         rows = self.use.rows_per_batch
         return record_losses(self.writer, self.parts[part], candidates, self.promise.loss, part, rows)
+
+    def _refuse_degenerate(self, part: str) -> None:
+        compared = self.parts[part][: len(units_of(self.parts[part], self.use.rows_per_batch))]
+        refuse_degenerate(self.writer.write(compared, full_depth(), part).texts)
 
     def _costs(self, part: str, candidates: Sequence[Candidate]) -> dict[str, float]:
         """Of full depth and of each candidate, by name."""
