@@ -135,7 +135,7 @@ def calibrate(arguments: argparse.Namespace) -> int:
         arguments.finalists,
         arguments.cost,
         arguments.rounds,
-        dict(zip(PARTS, arguments.shares)),
+        dict(zip(PARTS, arguments.shares, strict=True)),
     )
     examples = read_examples(arguments, unique=True)
     model, tokenizer = load(arguments)

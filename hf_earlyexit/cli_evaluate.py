@@ -134,7 +134,9 @@ def table_of(results: Mapping[str, Any]) -> str:
     header = ("", "rule", "batch", "layers", "ROUGE-L", "as full depth", "time", "tokens/s", "ms/token")
     cells = results["cells"]
     ratios = [time_ratio(results, cell)["median"] for cell in cells]
-    lines = [_line(cell, results["quality"][cell["quality"]], ratio) for cell, ratio in zip(cells, ratios)]
+    lines = [
+        _line(cell, results["quality"][cell["quality"]], ratio) for cell, ratio in zip(cells, ratios, strict=True)
+    ]
     return terminal.table(header, lines)
 
 

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from itertools import starmap
+from pathlib import Path
 from typing import Any, TextIO
 
 from hf_earlyexit import terminal
@@ -201,6 +202,8 @@ def _refuse_taken(record: dict[str, Any], where: str) -> dict[str, Any]:
 
 def check_arguments(arguments: argparse.Namespace) -> None:
     """Refuse what cannot work before a model is loaded."""
+    if arguments.output_file and not Path(arguments.output_file).parent.is_dir():
+        raise ValueError(f"{arguments.output_file}: there is no such folder to write to")
     check_file("--output-file", arguments.output_file)
     source = STDIN if arguments.input_file == "-" else arguments.input_file
     refuse_overwriting({"--output-file": arguments.output_file}, [source, model_path(arguments)])

@@ -118,7 +118,7 @@ def read_examples(
     groups = _refuse_duplicates([text for text, _ in pairs]) if group_by is None else _group_labels(dataset, group_by)
     references: dict[str, list[str]] = {}
     group_of: dict[str, str] = {}
-    for (text, reference), group in zip(pairs, groups):
+    for (text, reference), group in zip(pairs, groups, strict=True):
         if group_of.setdefault(text, group) != group:
             raise ValueError(
                 f"The input {text[:80]!r} stands in two groups of `group_by={group_by!r}`, {group_of[text]!r} and "
@@ -155,7 +155,9 @@ def split_by_unit(examples: Sequence[Example], shares: Mapping[str, float]) -> d
     """Parts of these shares of the units, the same for the same inputs in whatever order; no unit is in two parts."""
     units = sorted({example.unit for example in examples}, key=_digest)
     ends = [int(share * len(units) + 1e-9) for share in accumulate(shares.values())]
-    part_of = {unit: name for name, start, end in zip(shares, [0, *ends], ends) for unit in units[start:end]}
+    part_of = {
+        unit: name for name, start, end in zip(shares, [0, *ends], ends, strict=False) for unit in units[start:end]
+    }
     parts: dict[str, list[Example]] = {name: [] for name in shares}
     for example in sorted(examples, key=lambda example: (_digest(example.unit), _digest(example.source))):
         if example.unit in part_of:

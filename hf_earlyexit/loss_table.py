@@ -72,7 +72,7 @@ class LossTable:
         with written_beside(path, newline="") as file:
             writer = csv.writer(file)
             writer.writerow(["unit", *self.names])
-            writer.writerows([unit, *row] for unit, row in zip(self.units, self.losses.tolist()))
+            writer.writerows([unit, *row] for unit, row in zip(self.units, self.losses.tolist(), strict=True))
 
 
 def record_losses(
@@ -109,7 +109,7 @@ def record_losses(
     losses, layers = np.zeros((len(units), len(candidates))), np.zeros(len(candidates))
     for column, candidate in enumerate(tqdm(candidates, desc=f"{part}: candidates", unit="candidate", leave=False)):
         early = writer.write(examples, candidate, part).texts
-        each = [loss.of(*pair, example.references) for *pair, example in zip(early, full, examples)]
+        each = [loss.of(*pair, example.references) for *pair, example in zip(early, full, examples, strict=True)]
         np.add.at(losses[:, column], row_of, each)
         layers[column] = fmean(layer for text in early for layer in text.layers_run)
     sizes = np.bincount(row_of, minlength=len(units))

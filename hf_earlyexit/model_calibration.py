@@ -135,7 +135,7 @@ class _Calibrator:
         chosen, reason = self._choose(chains, tested, costs)
         if chosen is not None and self.parts["report"]:
             tables["report"] = self._table("report", [chosen])
-        rows = [row for chain, result in zip(chains, tested) for row in _rows(chain, result, costs)]
+        rows = [row for chain, result in zip(chains, tested, strict=True) for row in _rows(chain, result, costs)]
         report = self._report(tables["report"], chosen) if "report" in tables else None
         return ModelCalibration(self._certificate(chosen, reason, rows, report, data_name), tables)
 
@@ -214,14 +214,14 @@ class _Calibrator:
         everyone = [full_depth(), *candidates]
         if self.search.cost == "layers":
             texts = (self.writer.write(self.parts[part], one, part).texts for one in everyone)
-            return {one.name: _mean_layers(written) for one, written in zip(everyone, texts)}
+            return {one.name: _mean_layers(written) for one, written in zip(everyone, texts, strict=True)}
         size, rounds = self.use.batch_size, self.search.rounds
         key = f"{part} | time of {', '.join(one.name for one in everyone)} | batch {size}, {rounds} rounds"
         if key not in self.journal:
             stock = stock_of(self.model)
             options = {"batch_size": size, "rounds": rounds}
             self.journal.add(key, times_beside_stock(self.writer, stock, self.parts[part], everyone, **options))
-        return dict(zip((one.name for one in everyone), self.journal[key]))
+        return dict(zip((one.name for one in everyone), self.journal[key], strict=True))
 
     def _chains(self, table: LossTable, costs: Mapping[str, float]) -> list[list[Candidate]]:
         """What is tested one after the other, each chain by itself."""
@@ -258,7 +258,7 @@ class _Calibrator:
         self, chains: Sequence[Sequence[Candidate]], tested: Sequence[Calibration], costs: Mapping[str, float]
     ) -> tuple[Candidate | None, str]:
         """The cheapest of the chains' choices, or why there is none."""
-        safe = [chain[one.index] for chain, one in zip(chains, tested) if one.index is not None]
+        safe = [chain[one.index] for chain, one in zip(chains, tested, strict=True) if one.index is not None]
         cheapest = min(safe, key=lambda one: costs[one.name], default=None)
         if chains and cheapest is None:
             return None, NONE_SAFE
@@ -349,7 +349,7 @@ def _refuse_repeated(examples: Sequence[Example]) -> None:
 def _rows(chain: Sequence[Candidate], result: Calibration, costs: Mapping[str, float]) -> list[dict[str, Any]]:
     """A chain's lines in the certificate."""
     p_values = result.p_values or [None] * len(chain)
-    numbers = zip(chain, result.means, result.upper_bounds, p_values)
+    numbers = zip(chain, result.means, result.upper_bounds, p_values, strict=True)
     return [
         {
             "name": one.name,

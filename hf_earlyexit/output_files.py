@@ -69,7 +69,7 @@ def refuse_overwriting(outputs: Mapping[str, str | None], inputs: Iterable[str |
     for name, path in outputs.items():
         if path is None:
             continue
-        for place in (path, path + PARTIAL):
+        for place in (path, os.path.realpath(path) + PARTIAL):
             if (same := next((file for file in read if _is_same(place, file)), None)) is not None:
                 shown = "standard input" if isinstance(same, int) else same
                 raise ValueError(f"{name} {path} would write over {shown}, which is read: name another file")

@@ -382,7 +382,7 @@ def cell_rows(results: Results, size: int) -> list[dict[str, Any]]:
 
 def spans(example: dict[str, Any], num_layers: int) -> list[dict[str, Any]]:
     """The tokens of an example as the page shows them: the space before, the letters, the layer, what to say of it."""
-    columns = zip(example["tokens"], example["layers"], example["confidences"])
+    columns = zip(example["tokens"], example["layers"], example["confidences"], strict=True)
     return [
         {
             "space": token.startswith(SPACE),

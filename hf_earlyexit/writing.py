@@ -97,7 +97,10 @@ class Writer:
                 entries.append(self.journal[key])
                 progress.update(len(batch["input_ids"]))
         texts = [Text(**text) for entry in entries for text in entry["texts"]]
-        work = {name: [sum(counts) for counts in zip(*(entry["work"][name] for entry in entries))] for name in WORK}
+        work = {
+            name: [sum(counts) for counts in zip(*(entry["work"][name] for entry in entries), strict=True)]
+            for name in WORK
+        }
         return Writing(texts, work)
 
     def _write_batch(self, batch: dict[str, Any], candidate: Candidate) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from tqdm import tqdm
 from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_earlyexit.data import Example, column_pairs, read_file, text_columns
+from hf_earlyexit.failures import reading
 from hf_earlyexit.labelled import IGNORED
 from hf_earlyexit.metrics import Rouge
 from hf_earlyexit.shortcuts import with_full_depth_labels
@@ -70,7 +71,8 @@ def read_pairs(arguments: DataArguments) -> tuple[list[tuple[str, str]], list[tu
     else:
         own = None if Path(arguments.dataset).exists() else DATASET_CONFIGS.get(arguments.dataset)
         config = arguments.dataset_config or own
-        parts = load_dataset(arguments.dataset, config, split=list(SPLITS))
+        with reading(arguments.dataset, "the data set"):
+            parts = load_dataset(arguments.dataset, config, split=list(SPLITS))
     return tuple(pairs_of(part, arguments) for part in parts)
 
 
@@ -99,7 +101,7 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, pairs: list[tuple[str, str]], a
         targets = tokenizer(text_target=rows["target"], truncation=True, max_length=arguments.max_target_tokens)
         return {**encoded, "labels": targets["input_ids"]}
 
-    sources, targets = zip(*pairs)
+    sources, targets = zip(*pairs, strict=True)
     rows = Dataset.from_dict({"source": list(sources), "target": list(targets)})
     return rows.map(encode, batched=True, remove_columns=rows.column_names, desc="tokenising")
 
@@ -122,8 +124,8 @@ def own_outputs(
     groups = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
     batches = (tokenizer.pad([rows[place] for place in places], return_tensors="pt") for places in groups)
     labelled = with_full_depth_labels(model.eval(), batches, max_new_tokens=arguments.max_target_tokens)
-    for places, batch in zip(tqdm(groups, desc="writing its own targets"), labelled):
-        for place, ids in zip(places, batch["labels"].cpu()):
+    for places, batch in zip(tqdm(groups, desc="writing its own targets"), labelled, strict=True):
+        for place, ids in zip(places, batch["labels"].cpu(), strict=True):
             rows[place]["labels"] = ids[ids != IGNORED].tolist()
     return Dataset.from_list(rows)
 
