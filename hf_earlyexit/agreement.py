@@ -71,7 +71,7 @@ def agree(
             (one.tokens, another.tokens)
             for candidate in table.candidates
             for one, another in zip(
-                writer.write(whole, candidate, part).texts, other.write(whole, candidate, own_part).texts
+                writer.write(whole, candidate, part).texts, other.write(whole, candidate, own_part).texts, strict=True
             )
         ]
         different = sum(one != another for one, another in pairs)
@@ -159,7 +159,9 @@ def _tested_anew(certificate: Certificate, found: Agreement, loss: Loss, ways: l
     p_values = result.p_values or [None] * len(passing)
     measured = {
         row["name"]: {"mean": mean, "upper_bound": bound, "p_value": p, "accepted": place < result.accepted}
-        for place, (row, mean, bound, p) in enumerate(zip(passing, result.means, result.upper_bounds, p_values))
+        for place, (row, mean, bound, p) in enumerate(
+            zip(passing, result.means, result.upper_bounds, p_values, strict=True)
+        )
     }
     if not measured[certificate.name]["accepted"]:
         raise ValueError(f"{certificate.name} is not shown to keep the target with all of {ways}: calibrate anew.")

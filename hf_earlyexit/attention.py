@@ -50,7 +50,7 @@ def attend(
         return attention(module, query, key, value, None, position_bias=position_bias, **kwargs)[0]
     outputs = []
     per_row = position_bias is not None and position_bias.shape[0] > 1
-    for run, here in zip(live_rows.runs, live_rows.places):
+    for run, here in zip(live_rows.runs, live_rows.places, strict=True):
         bias = position_bias[here] if per_row else position_bias
         outputs.append(attention(module, query[here], key[run], value[run], None, position_bias=bias, **kwargs)[0])
     return torch.cat(outputs)

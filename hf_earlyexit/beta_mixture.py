@@ -170,7 +170,7 @@ class BetaMixture:
         for value in confidences:
             if not 0 <= value <= 1:
                 raise ValueError(f"`confidences` must be numbers in [0, 1], got {value!r}.")
-        for value, right in zip(confidences, agreed):
+        for value, right in zip(confidences, agreed, strict=True):
             self._moments[right].add(clipped(value))
 
     def threshold(self) -> float:

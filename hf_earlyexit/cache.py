@@ -260,8 +260,8 @@ class EarlyExitCache(Cache):
             raise ValueError(f"`tokens_to_remove` has {len(removals)} entries for {self.num_rows} rows.")
         if any(removal > 0 for removal in removals):
             raise ValueError(f"`tokens_to_remove` must be zero or negative, got {tokens_to_remove}.")
-        self.lengths = [max(0, length + removal) for length, removal in zip(self.lengths, removals)]
-        self.filled = [[min(*pair) for pair in zip(layer, self.lengths)] for layer in self.filled]
+        self.lengths = [max(0, length + removal) for length, removal in zip(self.lengths, removals, strict=True)]
+        self.filled = [[min(*pair) for pair in zip(layer, self.lengths, strict=True)] for layer in self.filled]
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Row `b` becomes what row `beam_idx[b]` was.

@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from hf_earlyexit.certificate import Certificate
+from hf_earlyexit.json_text import decode
 from hf_earlyexit.model_card import markdown_table
+from hf_earlyexit.output_files import write_text
 from hf_earlyexit.questions import CLOCKS, Results, choices, clock, point_of
 from hf_earlyexit.report import fixed, summary
 
@@ -21,7 +23,7 @@ ENVIRONMENT = ("cpu", "cores", "torch threads", "cuda", "hf_earlyexit", "transfo
 def write_section(path: str | Path, title: str, body: str | None) -> None:
     """Write a section into the file of a card (see `with_section`)."""
     card = Path(path)
-    card.write_text(with_section(card.read_text(encoding="utf-8"), title, body), encoding="utf-8")
+    write_text(card, with_section(decode(card.read_bytes(), str(card)), title, body))
 
 
 def with_section(card: str, title: str, body: str | None) -> str:

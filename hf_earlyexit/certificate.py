@@ -21,7 +21,9 @@ from transformers import GenerationConfig, PreTrainedModel
 from hf_earlyexit.accuracy_thresholds import ExitAccuracy
 from hf_earlyexit.data import Example, short_hash
 from hf_earlyexit.implementations import PLAIN
+from hf_earlyexit.json_text import read_json
 from hf_earlyexit.library import usual_generation_values
+from hf_earlyexit.output_files import write_text
 from hf_earlyexit.policies import SCHEDULES
 from hf_earlyexit.settings import CERTIFICATE, ExitSettings
 
@@ -31,6 +33,15 @@ FORMAT = 1
 LONGEST_SHOWN = 200  # characters of a value in a message
 # What files of before these fields were known say by leaving them out: the least.
 LEFT_OUT = {"implementations", "agreement"}
+# Objects of a certificate, and what in them a model is held against.
+SHAPE = {
+    "setting": set(),
+    "loss": {"name", "description", "lower", "upper"},
+    "split": {"hashes"},
+    "data": {"max_source_tokens"},
+    "generation": {"batch_size"},
+    "versions": set(),
+}
 PACKAGES = ("transformers", "torch")
 # What in a generation config leaves the texts alone: what is returned, how the cache lies in memory, padding. Exit
 # settings are compared by themselves, and assistants are refused with early exit.
@@ -130,7 +141,7 @@ class Certificate:
     def save(self, folder: str | Path) -> Path:
         """Write the file of the certificate into a folder."""
         path = Path(folder) / FILE
-        path.write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
+        write_text(path, json.dumps(asdict(self), indent=1) + "\n")
         return path
 
     @classmethod
@@ -142,15 +153,18 @@ class Certificate:
             ValueError: It is no certificate, or one of a newer format.
         """
         try:
-            values = json.loads(Path(path).read_text(encoding="utf-8"))
+            values = read_json(path)
             found = values["format"]
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, LookupError, TypeError) as error:
             raise ValueError(f"{path} is no certificate: a JSON object with a `format` is expected.") from error
         if found != FORMAT:
             raise ValueError(f"{path} has format {found!r}, known is {FORMAT}: install a newer hf_earlyexit.")
         names = {one.name for one in fields(cls)}
         if different := (set(values) ^ names) - LEFT_OUT:
             raise ValueError(f"{path} is no certificate: it differs in {sorted(different)}.")
+        for name, keys in SHAPE.items():
+            if not isinstance(values[name], dict) or not keys <= set(values[name]):
+                raise ValueError(f"{path} is no certificate: `{name}` must be an object with {sorted(keys)}.")
         return cls(**values)
 
     def in_words(self) -> str:

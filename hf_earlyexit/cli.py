@@ -9,9 +9,11 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import traceback
 
 from hf_earlyexit import __version__, cli_calibrate, cli_evaluate, cli_generate, cli_speed
-from hf_earlyexit.cli_arguments import Verb
+from hf_earlyexit.cli_arguments import Verb, add_debug
+from hf_earlyexit.failures import INTERRUPTED, REFUSED, as_program, is_users, one_line
 from hf_earlyexit.machine import environment
 
 
@@ -25,9 +27,17 @@ example:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line; returns the exit code. What the user can put right is one line on stderr and code 2."""
+    """Run the command line; returns the exit code. What the user can put right is one line on stderr and code 2.
+
+    Args:
+        argv: The arguments. None: those of this process, which then is the program.
+    """
+    debug = False
     try:
+        if argv is None:
+            as_program()
         arguments = build_parser().parse_args(argv)
+        debug = arguments.debug
         code = arguments.verb(arguments)
         sys.stdout.flush()
         return code
@@ -35,17 +45,14 @@ def main(argv: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except KeyboardInterrupt:
-        return 130
-    except (ValueError, OSError, ImportError) as error:
+        return INTERRUPTED
+    except Exception as error:
+        if not is_users(error):
+            raise
+        if debug:
+            traceback.print_exc()
         print(f"{PROGRAM}: error: {one_line(error)}", file=sys.stderr)
-        return 2
-
-
-def one_line(error: Exception) -> str:
-    """An error as one line."""
-    if isinstance(error, OSError) and error.filename and error.strerror:
-        return f"{error.filename}: {error.strerror}"
-    return " ".join(str(error).split())
+        return REFUSED
 
 
 class Parser(argparse.ArgumentParser):
@@ -59,6 +66,7 @@ def build_parser() -> argparse.ArgumentParser:
     """The parser of all verbs."""
     parser = Parser(prog=PROGRAM, description=DESCRIPTION)
     parser.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
+    add_debug(parser, default=False)
     verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
     for verb in VERBS:
         verb.add_to(verbs)

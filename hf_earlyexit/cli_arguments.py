@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import json
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from hf_earlyexit.failures import reading
+from hf_earlyexit.json_text import parse_json, read_json
 
 
 EXIT_SETTINGS = (
@@ -49,6 +52,22 @@ class Verb:
         parser = verbs.add_parser(self.name, formatter_class=style, **texts)
         parser.set_defaults(verb=self.run)
         self.add_arguments(parser)
+        add_debug(parser, default=argparse.SUPPRESS)
+
+
+def add_debug(parser: argparse.ArgumentParser, default: bool | str) -> None:
+    """Before the verb or behind it: the verb's default is none, so that it leaves what stands before it."""
+    text = "show where in the code an error comes from"
+    parser.add_argument("--debug", action="store_true", default=default, help=text)
+
+
+def text_of(argument: str) -> str:
+    """An argument that is read as text, not as the name of a file."""
+    try:
+        argument.encode()
+    except UnicodeEncodeError as error:
+        raise argparse.ArgumentTypeError(f"{argument!a} is not UTF-8") from error
+    return argument
 
 
 def add_exit_settings(parser, criterion: str, threshold: str, layers: str) -> None:
@@ -89,7 +108,7 @@ def positive(text: str) -> int:
 
 def schedule(text: str) -> str | dict[str, Any]:
     """A schedule's name, or its JSON object: `{"name": "calm", "tau": 4}`."""
-    return json.loads(text) if text.startswith("{") else text
+    return parse_json(text, "it") if text.startswith("{") else text
 
 
 def exit_settings(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -135,16 +154,63 @@ def model_path(arguments: argparse.Namespace) -> str | Path:
     return arguments.model or CHECKPOINT
 
 
-def load(arguments: argparse.Namespace):
-    """The model, in eval mode, and its tokenizer."""
+def check_settings_files(path: str | Path) -> None:
+    """Refuse files of settings in a model's folder that are no JSON: of some the library takes no notice.
+
+    Raises:
+        ValueError: The message has the file and the line.
+    """
+    for name in ("config.json", "generation_config.json"):
+        if (file := Path(path) / name).is_file() and not isinstance(read_json(file), dict):
+            raise ValueError(f"{file}: a JSON object is expected")
+
+
+def load_model(arguments: argparse.Namespace):
+    """The model, in eval mode, where it is asked for."""
     import torch
-    from transformers import AutoTokenizer
 
     from hf_earlyexit.models import EarlyExitT5ForConditionalGeneration
 
     path = model_path(arguments)
-    model = EarlyExitT5ForConditionalGeneration.from_pretrained(path, dtype=getattr(torch, arguments.dtype))
-    return model.to(arguments.device).eval(), AutoTokenizer.from_pretrained(path)
+    check_settings_files(path)
+    with reading(path, "the model"):
+        model = EarlyExitT5ForConditionalGeneration.from_pretrained(path, dtype=getattr(torch, arguments.dtype))
+    return model.to(arguments.device).eval()
+
+
+def load(arguments: argparse.Namespace):
+    """The model, in eval mode, and its tokenizer."""
+    model = load_model(arguments)
+    from hf_earlyexit.tokenizer import load_tokenizer
+
+    return model, load_tokenizer(model_path(arguments), model.config)
+
+
+def source_cut(arguments: argparse.Namespace, model) -> int | None:
+    """The tokens that inputs are cut to: what was asked for, else as the model's certificate says; None: they are not.
+
+    What decides it, or departs from the certificate, is said on stderr.
+    """
+    given, certificate = arguments.max_source_tokens, model.exit_certificate
+    if certificate is None or not certificate.certified:
+        return given
+    certified = certificate.data["max_source_tokens"]
+    if given is None and certified is not None:
+        print(f"as certified, inputs are cut to {certified} tokens: see --max-source-tokens", file=sys.stderr)
+        return certified
+    if given != certified:
+        print(
+            f"not as certified: --max-source-tokens {given} (certified: {certified or 'inputs uncut'})",
+            file=sys.stderr,
+        )
+    return given
+
+
+def rows_at_once(arguments: argparse.Namespace, model, usual: int) -> int:
+    """Inputs in a batch: what was asked for, else as the model's certificate says, else the usual number."""
+    certificate = model.exit_certificate
+    certified = certificate.generation["batch_size"] if certificate is not None and certificate.certified else None
+    return arguments.batch_size or certified or usual
 
 
 def check_file(flag: str, path: str | None) -> None:

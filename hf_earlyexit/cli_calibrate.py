@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,8 @@ from hf_earlyexit.cli_arguments import (
     schedule,
 )
 from hf_earlyexit.cli_data import add_data_arguments, data_name, read_examples
+from hf_earlyexit.json_text import read_json
+from hf_earlyexit.output_files import refuse_folder_of_model, refuse_overwriting
 
 
 CALIBRATE = """\
@@ -112,10 +114,13 @@ def add_search_arguments(group) -> None:
 
 def calibrate(arguments: argparse.Namespace) -> int:
     """The verb `calibrate`."""
-    journal = arguments.journal or f"{arguments.output_dir.rstrip('/')}.journal"
+    journal = arguments.journal or f"{os.path.abspath(arguments.output_dir)}.journal"
     check_new_folder("--output-dir", arguments.output_dir)
-    check_file("--journal", journal)
-    check_file("--losses", arguments.losses)
+    outputs = {"--journal": journal, "--losses": arguments.losses}
+    for flag, path in outputs.items():
+        check_file(flag, path)
+    refuse_overwriting(outputs, [arguments.file, model_path(arguments)])
+    refuse_folder_of_model("--output-dir", arguments.output_dir, [model_path(arguments)])
     check_device(arguments.device)
     from hf_earlyexit.model_calibration import Use, calibrate_model
     from hf_earlyexit.promise import Promise
@@ -130,7 +135,7 @@ def calibrate(arguments: argparse.Namespace) -> int:
         arguments.finalists,
         arguments.cost,
         arguments.rounds,
-        dict(zip(PARTS, arguments.shares)),
+        dict(zip(PARTS, arguments.shares, strict=True)),
     )
     examples = read_examples(arguments, unique=True)
     model, tokenizer = load(arguments)
@@ -168,8 +173,7 @@ def save(model, tokenizer, certificate, arguments: argparse.Namespace) -> None:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         return
-    if source.resolve() != folder.resolve():
-        shutil.copytree(source, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(*LEFT_BEHIND))
+    shutil.copytree(source, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(*LEFT_BEHIND))
     model.config.save_pretrained(folder)  # with the certified dtype, in which it will be loaded
     model.generation_config.save_pretrained(folder)
     certificate.save(folder)
@@ -181,7 +185,8 @@ def save(model, tokenizer, certificate, arguments: argparse.Namespace) -> None:
 def is_early_exit_checkpoint(folder: Path) -> bool:
     """Whether a folder holds a model that was saved with exits."""
     config = folder / "config.json"
-    return config.is_file() and json.loads(config.read_text(encoding="utf-8")).get("model_type") == "early_exit_t5"
+    values = read_json(config) if config.is_file() else {}
+    return isinstance(values, dict) and values.get("model_type") == "early_exit_t5"
 
 
 def describe(certificate) -> str:
@@ -204,6 +209,8 @@ def add_verify_arguments(parser: argparse.ArgumentParser) -> None:
 
 def verify(arguments: argparse.Namespace) -> int:
     """The verb `verify-certificate`."""
+    check_file("--journal", arguments.journal)
+    refuse_overwriting({"--journal": arguments.journal}, [arguments.file, model_path(arguments)])
     check_device(arguments.device)
     from hf_earlyexit.losses import LOSSES
     from hf_earlyexit.verification import verify_certificate

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hf_earlyexit.cli_arguments import positive
+from hf_earlyexit.cli_arguments import positive, text_of
 
 
 if TYPE_CHECKING:
@@ -21,7 +21,9 @@ def add_data_arguments(parser) -> None:
     parser.add_argument("--source-column", metavar="NAME", help="column of the inputs (known names are found)")
     parser.add_argument("--target-column", metavar="NAME", help="column of the references (known names are found)")
     parser.add_argument("--group-by", metavar="NAME", help="column that says which rows belong together")
-    parser.add_argument("--prefix", default="", metavar="TEXT", help="put before each input, such as 'summarize: '")
+    parser.add_argument(
+        "--prefix", type=text_of, default="", metavar="TEXT", help="put before each input, such as 'summarize: '"
+    )
     parser.add_argument(
         "--max-inputs", type=positive, metavar="N", help="distinct inputs at most, drawn by a hash (all)"
     )

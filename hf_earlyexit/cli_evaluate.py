@@ -17,9 +17,12 @@ from hf_earlyexit.cli_arguments import (
     check_file,
     curves_of,
     load,
+    model_path,
     positive,
+    source_cut,
 )
 from hf_earlyexit.cli_data import add_data_arguments, data_name, read_examples
+from hf_earlyexit.output_files import refuse_overwriting, write_text
 
 
 if TYPE_CHECKING:
@@ -61,7 +64,9 @@ def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     inputs.add_argument("--unseen", action="store_true", help="only what the model's certificate has not seen")
     text = parser.add_argument_group("generation")
     text.add_argument("--max-new-tokens", type=positive, metavar="N", help="tokens per text at most (the model's)")
-    text.add_argument("--max-source-tokens", type=positive, metavar="N", help="longer inputs are cut (never)")
+    text.add_argument(
+        "--max-source-tokens", type=positive, metavar="N", help="longer inputs are cut (as certified, else never)"
+    )
     grid = parser.add_argument_group("what is measured")
     add_curve_argument(grid)
     grid.add_argument("--batch-sizes", type=positive, nargs="+", default=(1, 4, 8, 16), metavar="N", help="(1 4 8 16)")
@@ -75,8 +80,10 @@ def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
 
 def evaluate(arguments: argparse.Namespace) -> int:
     """The verb `evaluate`."""
-    check_file("--output", arguments.output)
-    check_file("--journal", journal_of(arguments))
+    outputs = {"--output": arguments.output, "--journal": journal_of(arguments)}
+    for flag, path in outputs.items():
+        check_file(flag, path)
+    refuse_overwriting(outputs, [arguments.file, model_path(arguments)])
     check_device(arguments.device)
     curves = curves_of(arguments.curve)
     from hf_earlyexit.evaluation import evaluate_model
@@ -92,11 +99,11 @@ def evaluate(arguments: argparse.Namespace) -> int:
         examples,
         grid,
         generation={"max_new_tokens": arguments.max_new_tokens} if arguments.max_new_tokens else {},
-        max_source_tokens=arguments.max_source_tokens,
+        max_source_tokens=source_cut(arguments, model),
         path=journal_of(arguments),
         data_name=data_name(arguments),
     )
-    Path(arguments.output).write_text(json.dumps(results) + "\n", encoding="utf-8")
+    write_text(arguments.output, json.dumps(results) + "\n")
     print(table_of(results))
     print(oracle_of(results))
     print(f"\nSee it: hf-earlyexit report {arguments.output}")
@@ -127,7 +134,9 @@ def table_of(results: Mapping[str, Any]) -> str:
     header = ("", "rule", "batch", "layers", "ROUGE-L", "as full depth", "time", "tokens/s", "ms/token")
     cells = results["cells"]
     ratios = [time_ratio(results, cell)["median"] for cell in cells]
-    lines = [_line(cell, results["quality"][cell["quality"]], ratio) for cell, ratio in zip(cells, ratios)]
+    lines = [
+        _line(cell, results["quality"][cell["quality"]], ratio) for cell, ratio in zip(cells, ratios, strict=True)
+    ]
     return terminal.table(header, lines)
 
 
@@ -170,17 +179,24 @@ def report(arguments: argparse.Namespace) -> int:
     """The verb `report`."""
     html = arguments.html or str(Path(arguments.results).with_suffix(".html"))
     check_file("--html", html)
+    refuse_overwriting({"--html": html, "--card": arguments.card}, [arguments.results])
+    if arguments.png is not None and Path(arguments.png).exists() and not Path(arguments.png).is_dir():
+        raise ValueError(f"--png {arguments.png} is a file: name a folder")
     if arguments.card is not None and not Path(arguments.card).is_file():
         raise ValueError(f"--card {arguments.card} is no file: name the README.md of a checkpoint")
     from hf_earlyexit.card_sections import WORTH, worth_section, write_section
     from hf_earlyexit.report import read_results, write_report
 
-    results = read_results(arguments.results)
-    for path in write_report(results, html, arguments.png):
-        print(path)
-    if arguments.card is not None:
-        write_section(arguments.card, WORTH, worth_section(results))
-        print(arguments.card)
+    try:
+        results = read_results(arguments.results)
+        for path in write_report(results, html, arguments.png):
+            print(path)
+        if arguments.card is not None:
+            write_section(arguments.card, WORTH, worth_section(results))
+            print(arguments.card)
+    except (LookupError, TypeError, AttributeError) as error:  # something in it is not what `evaluate` writes
+        problem = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{arguments.results} is not as `hf-earlyexit evaluate` writes it ({problem})") from error
     return 0
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import shutil
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
+from itertools import starmap
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -18,14 +20,25 @@ from hf_earlyexit.cli_arguments import (
     add_exit_settings,
     add_model_arguments,
     check_device,
+    check_file,
+    check_settings_files,
     exit_settings,
     load,
     model_path,
     positive,
+    rows_at_once,
     schedule,
+    source_cut,
+    text_of,
 )
+from hf_earlyexit.failures import reading
+from hf_earlyexit.json_text import decode
+from hf_earlyexit.output_files import refuse_overwriting, written_beside
+from hf_earlyexit.tables import READERS, Table, content_of, read_file, read_json_lines, suffix_of
 
 
+USUAL_ROWS = 8
+STDIN = 0  # its number among open files
 RESULT_FIELDS = ("output", "tokens", "layers_run", "mean_layers")
 DEMO = """\
 Generate from real inputs with the model that ships with the package, and show for every token the layer it left at,
@@ -38,9 +51,9 @@ example:
   hf-earlyexit demo --criterion fixed --exit-layer 6
 """
 GENERATE = """\
-Generate one output for every line of a file, as JSON lines: the input, the output, its tokens, the layers that each
-token ran and their mean. Without an exit criterion, here or in the model's generation_config, every token runs all
-layers. Blank lines are skipped.
+Generate one output for every line of a text or row of a table, as JSON lines: the input, the output, its tokens, the
+layers that each token ran and their mean. Without an exit criterion, here or in the model's generation_config, every
+token runs all layers. Blank lines are skipped.
 """
 GENERATE_EXAMPLE = """\
 example:
@@ -80,18 +93,25 @@ def text_width() -> int:
 def add_generate_arguments(parser: argparse.ArgumentParser) -> None:
     """What `generate` takes."""
     files = parser.add_argument_group("files")
-    files.add_argument("--input-file", required=True, metavar="FILE", help="text or JSON lines; - is stdin")
+    files.add_argument(
+        "--input-file", required=True, metavar="FILE", help="text or table (.jsonl, .csv, ...); - is stdin"
+    )
     files.add_argument(
         "--input-field",
         metavar="NAME",
-        help="lines are JSON objects and this field is the input ('text', if the file is named .jsonl or .json)",
+        help="the column with the input ('text'); of other files than tables, lines are JSON objects",
     )
     files.add_argument("--output-file", metavar="FILE", help="where to write JSON lines (stdout)")
     add_model_arguments(parser.add_argument_group("model"))
     text = parser.add_argument_group("generation")
-    text.add_argument("--prefix", default="", metavar="TEXT", help="put before each input, such as 'summarize: '")
-    text.add_argument("--batch-size", type=positive, default=8, metavar="N", help="inputs at once (8)")
+    text.add_argument(
+        "--prefix", type=text_of, default="", metavar="TEXT", help="put before each input, such as 'summarize: '"
+    )
+    text.add_argument("--batch-size", type=positive, metavar="N", help="inputs at once (as certified, else 8)")
     text.add_argument("--max-new-tokens", type=positive, metavar="N", help="tokens per output at most (the model's)")
+    text.add_argument(
+        "--max-source-tokens", type=positive, metavar="N", help="longer inputs are cut (as certified, else never)"
+    )
     text.add_argument("--num-beams", type=positive, metavar="N", help="beams; 1 is greedy (the model's)")
     exits = parser.add_argument_group("exit settings, the keywords of model.generate")
     add_exit_settings(exits, criterion="the model's", threshold="the model's", layers="the model's")
@@ -106,9 +126,10 @@ def generate(arguments: argparse.Namespace) -> int:
     model, tokenizer = load(arguments)
     if can_be_prepared(model):
         model.prepare_for_generation()
+    arguments.max_source_tokens = source_cut(arguments, model)
     tally = Tally(model.config.num_decoder_layers)
     with open_output(arguments.output_file) as output, progress(len(records), output) as bar:
-        for batch in batches(records, arguments.batch_size):
+        for batch in batches(records, rows_at_once(arguments, model, USUAL_ROWS)):
             for result in generate_batch(model, tokenizer, batch, arguments, tally):
                 print(to_json(result, output), file=output)
             output.flush()
@@ -131,33 +152,45 @@ def can_be_prepared(model) -> bool:
 
 
 def read_records(path: str, field: str | None) -> list[dict[str, Any]]:
-    """The lines of a file as objects whose `input` is the text; other fields of JSON lines are kept.
+    """The inputs of a file as objects whose `input` is the text; other cells of rows are kept.
 
     Raises:
         ValueError: There is no input, or a line is not what it should be; the message has its number.
     """
-    is_json = field is not None or path.endswith((".jsonl", ".json"))
-    with nullcontext(sys.stdin) if path == "-" else open(path, encoding="utf-8-sig") as lines:
-        numbered = [(number, line.strip()) for number, line in enumerate(lines, 1) if line.strip()]
-    name = "stdin" if path == "-" else path
-    if not numbered:
-        raise ValueError(f"{name} is empty: one input a line is expected")
-    if not is_json:
-        return [{"input": line} for _, line in numbered]
-    return [parse_record(line, field or "text", f"{name}, line {number}") for number, line in numbered]
+    if path != "-" and suffix_of(path) in READERS:
+        return records_of(read_file(path), field or "text")
+    name, content = ("stdin", standard_input()) if path == "-" else (path, content_of(path))
+    text = content if isinstance(content, str) else decode(content, name)
+    if field is not None:
+        return records_of(read_json_lines(text, name), field)
+    lines = [line.removesuffix("\n") for line in io.StringIO(text, newline=None)]
+    return _refuse_none([{"input": line} for line in lines if line.strip()], name)
 
 
-def parse_record(line: str, field: str, where: str) -> dict[str, Any]:
-    """One JSON line, its `field` renamed to `input`."""
-    try:
-        record = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where}: not JSON ({error.msg} at column {error.colno})") from error
-    if not isinstance(record, dict):
-        raise ValueError(f"{where}: a JSON object is expected, got {type(record).__name__}")
+def standard_input() -> bytes | str:
+    """What is piped in: bytes, or text where something else stands in for the stream."""
+    return getattr(sys.stdin, "buffer", sys.stdin).read()
+
+
+def records_of(table: Table, field: str) -> list[dict[str, Any]]:
+    """The rows of a table, their `field` renamed to `input`."""
+    return _refuse_none(
+        [record_of(record, field, table.where(row)) for row, record in enumerate(table.records)], table.path
+    )
+
+
+def record_of(record: dict[str, Any], field: str, where: str) -> dict[str, Any]:
+    """One row, its `field` renamed to `input`."""
     if not isinstance(record.get(field), str):
-        raise ValueError(f"{where}: the field {field!r} must be a text; the object has {list(record)}")
-    return {"input": record.pop(field), **_refuse_taken(record, where)}
+        raise ValueError(f"{where}: the field {field!r} must be a text; the row has {list(record)}: see --input-field")
+    others = {name: value for name, value in record.items() if name != field}
+    return {"input": record[field], **_refuse_taken(others, where)}
+
+
+def _refuse_none(records: list[dict[str, Any]], name: str) -> list[dict[str, Any]]:
+    if not records:
+        raise ValueError(f"{name} is empty: one input a line is expected")
+    return records
 
 
 def _refuse_taken(record: dict[str, Any], where: str) -> dict[str, Any]:
@@ -171,21 +204,31 @@ def check_arguments(arguments: argparse.Namespace) -> None:
     """Refuse what cannot work before a model is loaded."""
     if arguments.output_file and not Path(arguments.output_file).parent.is_dir():
         raise ValueError(f"{arguments.output_file}: there is no such folder to write to")
+    check_file("--output-file", arguments.output_file)
+    source = STDIN if arguments.input_file == "-" else arguments.input_file
+    refuse_overwriting({"--output-file": arguments.output_file}, [source, model_path(arguments)])
     check_device(arguments.device)
     from transformers import GenerationConfig
 
     from hf_earlyexit.settings import ExitSettings
 
+    check_settings_files(model_path(arguments))
     try:
-        stored = GenerationConfig.from_pretrained(model_path(arguments))
+        with reading(model_path(arguments), "generation_config.json"):
+            stored = GenerationConfig.from_pretrained(model_path(arguments))
     except OSError:  # it has none, or there is no such model, which loading it will say
         stored = None
+    if (count := getattr(stored, "num_return_sequences", None) or 1) > 1:
+        raise ValueError(
+            f"the generation_config of {model_path(arguments)} asks for {count} outputs of each input "
+            "(num_return_sequences), one is written: set it to 1 there"
+        )
     ExitSettings.merge(exit_settings(arguments), None, stored)
 
 
 def open_output(path: str | None) -> AbstractContextManager[TextIO]:
-    """Where results go, to be used in a `with`; stdout is left open."""
-    return open(path, "w", encoding="utf-8") if path else nullcontext(sys.stdout)
+    """Where results go, to be used in a `with`. Standard output is left open."""
+    return written_beside(path) if path else nullcontext(sys.stdout)
 
 
 def progress(total: int, output: TextIO):
@@ -203,7 +246,8 @@ def batches(records: list[dict[str, Any]], size: int) -> Iterator[list[dict[str,
 def generate_batch(model, tokenizer, batch, arguments, tally: Tally) -> Iterator[dict[str, Any]]:
     """The results of a batch, in its order."""
     texts = [arguments.prefix + record["input"] for record in batch]
-    encoded = tokenizer(texts, return_tensors="pt", padding=True).to(model.device)
+    cut = {"truncation": True, "max_length": arguments.max_source_tokens} if arguments.max_source_tokens else {}
+    encoded = tokenizer(texts, return_tensors="pt", padding=True, **cut).to(model.device)
     options = {name: getattr(arguments, name) for name in ("max_new_tokens", "num_beams")}
     options = {name: value for name, value in options.items() if value is not None}
     output = model.generate(**encoded, **options, **exit_settings(arguments), return_dict_in_generate=True)
@@ -211,7 +255,7 @@ def generate_batch(model, tokenizer, batch, arguments, tally: Tally) -> Iterator
         raise ValueError("the model's generation_config asks for what the early-exit walk does not do: clear it there")
     tally.add(output)
     outputs = tokenizer.batch_decode(output.sequences, skip_special_tokens=True)
-    return map(result_of, batch, outputs, output.layers_run.tolist())
+    return starmap(result_of, zip(batch, outputs, output.layers_run.tolist(), strict=True))
 
 
 def result_of(record: dict[str, Any], text: str, layers_run: list[int]) -> dict[str, Any]:

@@ -6,11 +6,13 @@ import argparse
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_earlyexit import speed_tables
-from hf_earlyexit.cli_arguments import Verb, check_device, check_file, positive
+from hf_earlyexit.cli_arguments import Verb, check_device, check_file, load_model, model_path, positive
+from hf_earlyexit.failures import reading
+from hf_earlyexit.json_text import read_json
+from hf_earlyexit.output_files import refuse_overwriting, write_text
 
 
 if TYPE_CHECKING:
@@ -69,24 +71,14 @@ def add_speed_arguments(parser: argparse.ArgumentParser) -> None:
 def check_speed_arguments(arguments: argparse.Namespace) -> None:
     """Refuse what cannot work before a model is loaded."""
     check_file("--json-out", arguments.json_out)
+    read = [arguments.exits, vars(arguments).get("time_model"), model_path(arguments)]
+    refuse_overwriting({"--json-out": arguments.json_out}, read)
     check_device(arguments.device)
     from hf_earlyexit.policies import CRITERIA
 
     known = [name for name in CRITERIA if name != "fixed"]
     if arguments.criterion not in (None, *known):
         raise ValueError(f"--criterion must be one of {known}, got {arguments.criterion!r}")
-
-
-def load_model(arguments: argparse.Namespace):
-    """The model that was named, in eval mode, its weights prepared if that was asked for."""
-    import torch
-
-    from hf_earlyexit.cli_arguments import model_path
-    from hf_earlyexit.models import EarlyExitT5ForConditionalGeneration
-
-    dtype = getattr(torch, arguments.dtype)
-    model = EarlyExitT5ForConditionalGeneration.from_pretrained(model_path(arguments), dtype=dtype)
-    return prepared_if_asked(arguments, model.to(arguments.device).eval())
 
 
 def prepared_if_asked(arguments: argparse.Namespace, model):
@@ -103,7 +95,7 @@ def check_criterion(criterion: str | None, model) -> None:
 def write_json(path: str | None, values: dict[str, Any]) -> None:
     """Everything that was found, if it was asked for."""
     if path is not None:
-        Path(path).write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+        write_text(path, json.dumps(values, indent=1) + "\n")
 
 
 def measured_on(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -140,7 +132,7 @@ def roofline(arguments: argparse.Namespace) -> int:
     from hf_earlyexit.walk_times import measure_roofline
 
     recorded = read_exits(arguments.exits) if arguments.exits else None
-    model = shaped_model(arguments) if has_shape(arguments) else load_model(arguments)
+    model = shaped_model(arguments) if has_shape(arguments) else prepared_if_asked(arguments, load_model(arguments))
     walked, criterion = exits_to_walk(arguments, recorded, model)
     check_criterion(criterion, model)
     sizes = {"batch_size": arguments.batch, "source": arguments.source, "new_tokens": arguments.new_tokens}
@@ -285,7 +277,7 @@ def tune(arguments: argparse.Namespace) -> int:
     from hf_earlyexit.tuning import tune
 
     recorded = read_exits(arguments.exits or CHECKPOINT / "exits.json")
-    model = load_model(arguments)
+    model = prepared_if_asked(arguments, load_model(arguments))
     walked, criterion = exits_to_walk(arguments, recorded, model)
     check_criterion(criterion, model)
     time_model = time_model_of(arguments, criterion, model)
@@ -324,10 +316,11 @@ def read_time_model(arguments: argparse.Namespace, criterion: str | None) -> Tim
     from hf_earlyexit.time_model import TimeModel
 
     path = arguments.time_model
-    stored = json.loads(Path(path).read_text(encoding="utf-8"))
-    if (values := stored.get("time_model")) is None:
+    stored = read_json(path)
+    if not isinstance(stored, dict) or not isinstance(stored.get("time_model"), dict):
         raise ValueError(f"--time-model {path} has no `time_model`: name a file of `hf-earlyexit tune --json-out`")
-    time_model = TimeModel.from_dict(values)
+    with reading(path, "its time model"):
+        time_model = TimeModel.from_dict(stored["time_model"])
     if arguments.batch > max(time_model.rows):
         raise ValueError(f"--batch {arguments.batch}: {path} was measured up to {max(time_model.rows)} rows: again")
     for name in ("source", "threads", "device", "dtype", "prepared", "rounds"):

@@ -1,4 +1,4 @@
-"""Answers for pairs of input and target text: reading them, and the distinct inputs with all their references.
+"""Answers for pairs of input and target text, and the distinct inputs with all their references.
 
 The unit of evaluation is the distinct input: an input that stands in several rows is one prompt with several
 references, not several prompts. Where inputs are not independent of each other, such as questions about one text, the
@@ -12,12 +12,27 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, groupby
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from hf_earlyexit.tables import Table, read_file
 
 
 if TYPE_CHECKING:
     from datasets import Dataset
+
+
+__all__ = [
+    "Example",
+    "column_pairs",
+    "data_fingerprint",
+    "group_by_input",
+    "in_random_order",
+    "read_examples",
+    "read_file",
+    "short_hash",
+    "split_by_unit",
+    "text_columns",
+]
 
 
 # Input and target columns of well-known data sets, in the order in which they are looked for.
@@ -29,7 +44,6 @@ KNOWN_COLUMNS = (
     ("mr", "ref"),
     ("input", "target"),
 )
-BUILDERS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 
 
 @dataclass(frozen=True)
@@ -49,24 +63,6 @@ class Example:
     @property
     def unit(self) -> str:
         return self.group or self.source
-
-
-def read_file(path: str) -> Dataset:
-    """The rows of a CSV, TSV, JSON-lines (`.jsonl`, `.json`) or Parquet file; `.gz` behind that means compressed.
-
-    Raises:
-        ValueError: The name ends otherwise.
-        FileNotFoundError: There is no such file.
-    """
-    suffix = Path(path.removesuffix(".gz")).suffix
-    if suffix not in BUILDERS:
-        raise ValueError(f"{path!r} must end in one of {list(BUILDERS)}.")
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"There is no file {path!r}.")
-    from datasets import load_dataset  # a second of imports, for those who read files
-
-    options = {"delimiter": "\t"} if suffix == ".tsv" else {}
-    return load_dataset(BUILDERS[suffix], data_files=path, split="train", **options)
 
 
 def text_columns(names: Sequence[str], source: str | None = None, target: str | None = None) -> tuple[str, str]:
@@ -101,12 +97,12 @@ def group_by_input(pairs: Iterable[tuple[str, str]]) -> list[Example]:
 
 
 def read_examples(
-    dataset: Dataset, source: str, target: str | None = None, *, prefix: str = "", group_by: str | None = None
+    dataset: Table | Dataset, source: str, target: str | None = None, *, prefix: str = "", group_by: str | None = None
 ) -> list[Example]:
     """The distinct inputs of a data set, for calibration.
 
     Args:
-        dataset: Its rows.
+        dataset: Its rows, of a file (`read_file`) or of the library `datasets`.
         source: The column with the inputs.
         target: The column with one reference each; None: there are none.
         prefix: Put before each input.
@@ -122,7 +118,7 @@ def read_examples(
     groups = _refuse_duplicates([text for text, _ in pairs]) if group_by is None else _group_labels(dataset, group_by)
     references: dict[str, list[str]] = {}
     group_of: dict[str, str] = {}
-    for (text, reference), group in zip(pairs, groups):
+    for (text, reference), group in zip(pairs, groups, strict=True):
         if group_of.setdefault(text, group) != group:
             raise ValueError(
                 f"The input {text[:80]!r} stands in two groups of `group_by={group_by!r}`, {group_of[text]!r} and "
@@ -136,10 +132,11 @@ def read_examples(
     ]
 
 
-def _group_labels(dataset: Dataset, column: str) -> list[str]:
+def _group_labels(dataset: Table | Dataset, column: str) -> list[str]:
     labels = list(dataset[column])
-    if missing := [number for number, label in enumerate(labels) if label is None or label == ""]:
-        raise ValueError(f"Row {missing[0]} has no value in column {column!r}, which says what belongs together.")
+    if missing := [row for row, label in enumerate(labels) if label is None or label == ""]:
+        place = _place(dataset, missing[0])
+        raise ValueError(f"{place} has no value in column {column!r}, which says what belongs together.")
     return list(map(str, labels))
 
 
@@ -158,7 +155,9 @@ def split_by_unit(examples: Sequence[Example], shares: Mapping[str, float]) -> d
     """Parts of these shares of the units, the same for the same inputs in whatever order; no unit is in two parts."""
     units = sorted({example.unit for example in examples}, key=_digest)
     ends = [int(share * len(units) + 1e-9) for share in accumulate(shares.values())]
-    part_of = {unit: name for name, start, end in zip(shares, [0, *ends], ends) for unit in units[start:end]}
+    part_of = {
+        unit: name for name, start, end in zip(shares, [0, *ends], ends, strict=False) for unit in units[start:end]
+    }
     parts: dict[str, list[Example]] = {name: [] for name in shares}
     for example in sorted(examples, key=lambda example: (_digest(example.unit), _digest(example.source))):
         if example.unit in part_of:
@@ -197,15 +196,20 @@ def data_fingerprint(examples: Iterable[Example]) -> str:
     return hashlib.sha256("\n".join(each).encode()).hexdigest()
 
 
-def column_pairs(dataset: Dataset, source: str, target: str, prefix: str = "") -> list[tuple[str, str]]:
+def column_pairs(dataset: Table | Dataset, source: str, target: str, prefix: str = "") -> list[tuple[str, str]]:
     """`(prefix + input, target)` of every row.
 
     Raises:
         ValueError: A cell is no text; the message says which.
     """
-    rows: list[tuple[Any, Any]] = list(zip(dataset[source], dataset[target]))
+    rows = list(zip(dataset[source], dataset[target], strict=True))
     for number, row in enumerate(rows):
-        for column, text in zip((source, target), row):
+        for column, text in zip((source, target), row, strict=True):
             if not isinstance(text, str):
-                raise ValueError(f"Row {number} has no text in column {column!r}: {text!r}.")
+                raise ValueError(f"{_place(dataset, number)} has no text in column {column!r}: {text!r}.")
     return [(prefix + text, reference) for text, reference in rows]
+
+
+def _place(dataset: Table | Dataset, row: int) -> str:
+    """Where a row stands, for messages: its file and line, if it comes from a file."""
+    return dataset.where(row) if isinstance(dataset, Table) else f"Row {row}"

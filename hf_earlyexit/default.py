@@ -58,4 +58,4 @@ def default_examples() -> list[Example]:
 
 def default_inputs() -> list[str]:
     """Inputs that the shipped model has not been trained on: some of E2E NLG's validation set, prefix included."""
-    return (ASSETS / "inputs.txt").read_text(encoding="utf-8").splitlines()
+    return (ASSETS / "inputs.txt").read_text(encoding="utf-8").removesuffix("\n").split("\n")

@@ -94,7 +94,7 @@ class Trial:
 
     @property
     def equal_texts(self) -> int:
-        return sum(early == stock for early, stock in zip(self.early_texts, self.stock_texts))
+        return sum(early == stock for early, stock in zip(self.early_texts, self.stock_texts, strict=True))
 
     def unended(self, sequences: torch.Tensor) -> int:
         """How many texts were cut off by the limit."""

@@ -272,10 +272,10 @@ def judge(writing: Writing, full: Sequence[Text], examples: Sequence[Example], n
     over inputs, has none."""
     texts, references = [one.text for one in writing.texts], [list(one.references) for one in examples]
     units = [one.unit for one in examples]
-    rouge = [rouge_scores(*pair) for pair in zip(texts, references)]
+    rouge = [rouge_scores(*pair) for pair in zip(texts, references, strict=True)]
     each = {name: [100 * one[name] for one in rouge] for name in ROUGE}
-    each["consistency"] = [100 * textual_consistency(text, one.text) for text, one in zip(texts, full)]
-    each["equal_texts"] = [100 * exact_match(text, one.text) for text, one in zip(texts, full)]
+    each["consistency"] = [100 * textual_consistency(text, one.text) for text, one in zip(texts, full, strict=True)]
+    each["equal_texts"] = [100 * exact_match(text, one.text) for text, one in zip(texts, full, strict=True)]
     depths = [depth for one in writing.texts for depth in one.layers_run]
     tokens = [len(one.layers_run) for one in writing.texts]
     return {

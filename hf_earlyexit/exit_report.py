@@ -53,8 +53,8 @@ def summarize(counts: torch.Tensor, config: EarlyExitConfig, num_layers: int) ->
         counts: `[exit points + 1, COUNTS]`, summed over all rows.
     """
     report = {}
-    for layer, row in zip((*config.exit_layers, num_layers), counts.double().tolist()):
-        count = dict(zip(COUNTS, row))
+    for layer, row in zip((*config.exit_layers, num_layers), counts.double().tolist(), strict=True):
+        count = dict(zip(COUNTS, row, strict=True))
         values = {
             name: _share(count[key], count["tokens"]) for name, key in (("loss", "loss"), ("accuracy", "accurate"))
         }

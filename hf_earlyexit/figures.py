@@ -31,7 +31,7 @@ def layer_colour(layer: int, num_layers: int) -> str:
     """The colour of tokens that left after `layer`, as `#rrggbb`."""
     place = (layer - 1) / max(1, num_layers - 2) * (len(LAYER_STOPS) - 1)
     start = min(int(place), len(LAYER_STOPS) - 2)
-    mixed = [low + (high - low) * (place - start) for low, high in zip(*LAYER_STOPS[start : start + 2])]
+    mixed = [low + (high - low) * (place - start) for low, high in zip(*LAYER_STOPS[start : start + 2], strict=True)]
     return "#" + "".join(f"{round(255 * min(1.0, part)):02x}" for part in mixed)
 
 
@@ -64,7 +64,7 @@ def _quality(results: Results, place: Callable, label: str, at_stock: float | No
         return None
     figure, panels = panel_grid(len(sizes), most_columns=2, size=(4.3, 3.3), sharex=True, sharey=True)
     full, bottom = full_depth(results)["scores"]["rougeL"]["mean"], _bottom(results)
-    for panel, size in zip(panels, sizes):
+    for panel, size in zip(panels, sizes, strict=True):
         panel.set_title(f"batch size {size}" if size > 1 else "one text at a time")
         panel.axhline(full, color=GREY, linestyle=":", label="full depth")
         if at_stock is not None:
@@ -90,8 +90,8 @@ def _plot_quality(
     _, _, bars = panel.errorbar(
         [x for (x, _), _ in found],
         [rouge["mean"] for _, rouge in found],
-        xerr=list(zip(*(error for (_, error), _ in found))),
-        yerr=list(zip(*(_spread(rouge) for _, rouge in found))),
+        xerr=list(zip(*(error for (_, error), _ in found), strict=True)),
+        yerr=list(zip(*(_spread(rouge) for _, rouge in found), strict=True)),
         elinewidth=0.8,
         **style,
     )
@@ -146,7 +146,7 @@ def layers_run(results: Results) -> Figure | None:
     layers = range(1, num_layers + 1)
     colours = [layer_colour(layer, num_layers) for layer in layers[:-1]] + ["white"]
     figure, panels = panel_grid(len(shown), most_columns=3, size=(2.9, 2.4), sharey=True)
-    for panel, quality in zip(panels, shown):
+    for panel, quality in zip(panels, shown, strict=True):
         panel.bar(layers, quality["distribution"], color=colours, edgecolor=GREY, linewidth=0.8)
         mean = quality["mean_layers"]["mean"]
         panel.axvline(mean, color="black", linestyle="--", linewidth=1)
@@ -179,7 +179,7 @@ def reliability(results: Results) -> Figure | None:
     figure, panels = panel_grid(len(found), most_columns=3, size=(3.1, 3.2), sharex=True, sharey=True)
     most = max(one["count"] for exits in found.values() for bins in exits.values() for one in bins)
     palette = require("matplotlib", "report").colormaps["viridis"]
-    for panel, (criterion, exits) in zip(panels, found.items()):
+    for panel, (criterion, exits) in zip(panels, found.items(), strict=True):
         panel.plot([0, 1], [0, 1], color=GREY, linestyle=":", linewidth=1, label="as sure as right")
         for layer, bins in exits.items():
             colour = palette(0.88 * (int(layer) - 1) / max(1, results["num_layers"] - 2))

@@ -148,7 +148,7 @@ class ExitHeads(nn.Module):
         self.heads = nn.ModuleDict(
             {
                 str(layer): HEADS[kind](hidden_size, epsilon)
-                for layer, kind in zip(config.exit_layers, config.heads)
+                for layer, kind in zip(config.exit_layers, config.heads, strict=True)
                 if kind != "shared"
             }
         )

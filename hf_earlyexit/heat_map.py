@@ -53,7 +53,7 @@ def heat_map(
             "full_text": full.text,
             **_tokens(writer.tokenizer, output, row, others[row].tolist()),
         }
-        for row, (example, full) in enumerate(zip(examples, full_depth))
+        for row, (example, full) in enumerate(zip(examples, full_depth, strict=True))
     ]
 
 
@@ -62,7 +62,7 @@ def _tokens(tokenizer, output, row: int, differs: Sequence[bool]) -> dict[str, A
     places = [
         place
         for place, (token, layer) in enumerate(
-            zip(output.sequences[row, 1:].tolist(), output.layers_run[row].tolist())
+            zip(output.sequences[row, 1:].tolist(), output.layers_run[row].tolist(), strict=True)
         )
         if layer and token not in tokenizer.all_special_ids
     ]

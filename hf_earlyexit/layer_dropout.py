@@ -59,7 +59,7 @@ def layer_dropout(blocks: Sequence[nn.Module]) -> Iterator[LayerDropout]:
     try:
         yield dropout
     finally:
-        for block, forward in zip(blocks, before):
+        for block, forward in zip(blocks, before, strict=True):
             del block.forward
             if forward is not None:
                 block.forward = forward

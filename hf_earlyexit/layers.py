@@ -168,7 +168,7 @@ def run_layers(
 def stretches(num_layers: int, exit_points: Collection[int]) -> list[range]:
     """The layers, counted from 1, in stretches that end where someone is asked, or at the last layer."""
     ends = sorted({*exit_points, num_layers})
-    return [range(start + 1, end + 1) for start, end in zip([0, *ends], ends)]
+    return [range(start + 1, end + 1) for start, end in zip([0, *ends], ends, strict=False)]
 
 
 def run_prompt(decoder: Decoder, ids: torch.Tensor, cache: EarlyExitCache, run: ExitRun, rows: Rows) -> None:
@@ -244,7 +244,7 @@ def gather_logits(decoder: Decoder, departures: list[Departure], run: ExitRun) -
     if unknown:
         inputs = [decoder.head_input(departure.layer, departure.hidden) for departure in unknown]
         logits = decoder.lm_head(torch.cat(inputs) if len(inputs) > 1 else inputs[0])
-        for departure, part in zip(unknown, logits.split([len(departure.rows) for departure in unknown])):
+        for departure, part in zip(unknown, logits.split([len(departure.rows) for departure in unknown]), strict=True):
             run.work.head_rows[departure.layer] += len(departure.rows)
             scored.append((departure.rows, part))
     first_rows, first_logits = scored[0]

@@ -20,6 +20,7 @@ from transformers import T5ForConditionalGeneration
 from hf_earlyexit.candidates import Candidate, full_depth
 from hf_earlyexit.data import Example
 from hf_earlyexit.losses import Loss
+from hf_earlyexit.output_files import written_beside
 from hf_earlyexit.promise import units_of
 from hf_earlyexit.stock import stock_generate
 from hf_earlyexit.timing import clock_of, one_thread, take_turns
@@ -68,10 +69,10 @@ class LossTable:
 
     def save(self, path: str | Path) -> None:
         """Write it as CSV: a row for each unit, a column for each candidate."""
-        with open(path, "w", newline="", encoding="utf-8") as file:
+        with written_beside(path, newline="") as file:
             writer = csv.writer(file)
             writer.writerow(["unit", *self.names])
-            writer.writerows([unit, *row] for unit, row in zip(self.units, self.losses.tolist()))
+            writer.writerows([unit, *row] for unit, row in zip(self.units, self.losses.tolist(), strict=True))
 
 
 def record_losses(
@@ -108,7 +109,7 @@ def record_losses(
     losses, layers = np.zeros((len(units), len(candidates))), np.zeros(len(candidates))
     for column, candidate in enumerate(tqdm(candidates, desc=f"{part}: candidates", unit="candidate", leave=False)):
         early = writer.write(examples, candidate, part).texts
-        each = [loss.of(*pair, example.references) for *pair, example in zip(early, full, examples)]
+        each = [loss.of(*pair, example.references) for *pair, example in zip(early, full, examples, strict=True)]
         np.add.at(losses[:, column], row_of, each)
         layers[column] = fmean(layer for text in early for layer in text.layers_run)
     sizes = np.bincount(row_of, minlength=len(units))

@@ -93,7 +93,7 @@ class Drop:
 def token_mismatch(early: Text, full: Text) -> float:
     """The share of positions with another token, of those of the longer text; a missing token is another one."""
     length = max(len(early.tokens), len(full.tokens))
-    equal = sum(one == other for one, other in zip(early.tokens, full.tokens))
+    equal = sum(one == other for one, other in zip(early.tokens, full.tokens, strict=False))
     return 1 - equal / length if length else 0.0
 
 

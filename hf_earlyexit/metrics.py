@@ -177,7 +177,7 @@ class Rouge(TextMetric):
     ) -> dict[str, float]:
         scores = [
             rouge_scores(prediction, its_references, use_stemmer=use_stemmer, tokenizer=tokenizer)
-            for prediction, its_references in zip(predictions, references)
+            for prediction, its_references in zip(predictions, references, strict=True)
         ]
         return {name: fmean(score[name] for score in scores) for name in ROUGE_TYPES}
 
@@ -194,7 +194,9 @@ class TextualConsistency(TextMetric):
     def _compute(
         self, *, predictions: list[str], references: list[str], tokenizer: Tokenizer | None = None
     ) -> dict[str, float]:
-        scores = [textual_consistency(*pair, tokenizer=tokenizer) for pair in zip(predictions, references)]
+        scores = [
+            textual_consistency(*pair, tokenizer=tokenizer) for pair in zip(predictions, references, strict=True)
+        ]
         return {"textual_consistency": fmean(scores)}
 
     def _read_reference(self, name: str, reference: Any) -> str:
@@ -206,7 +208,7 @@ class ExactMatch(TextMetric):
     """Share of the inputs whose text is one of their references: `exact_match`, in [0, 1]; see the function."""
 
     def _compute(self, *, predictions: list[str], references: list[list[str]]) -> dict[str, float]:
-        return {"exact_match": fmean(exact_match(*pair) for pair in zip(predictions, references))}
+        return {"exact_match": fmean(exact_match(*pair) for pair in zip(predictions, references, strict=True))}
 
 
 class Bleu(TextMetric):

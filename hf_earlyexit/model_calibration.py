@@ -28,7 +28,7 @@ from hf_earlyexit.intervals import mean_interval
 from hf_earlyexit.journal import Journal
 from hf_earlyexit.loss_table import LossTable, record_losses, times_beside_stock
 from hf_earlyexit.models import EarlyExitT5ForConditionalGeneration
-from hf_earlyexit.promise import Promise, units_of
+from hf_earlyexit.promise import Promise, refuse_degenerate, units_of
 from hf_earlyexit.refusals import refuse_training_mode
 from hf_earlyexit.search import Search, curves_of, pareto_front
 from hf_earlyexit.settings import ExitSettings
@@ -84,7 +84,8 @@ def calibrate_model(
 
     Raises:
         ValueError: An argument is not legal, an input stands there twice, the calibrate part is too small for the
-            target even at zero loss (the message says how many inputs are needed). All before anything is generated.
+            target even at zero loss (the message says how many inputs are needed). All before anything is generated;
+            after the select part, that full depth writes the same for every input.
     """
     calibrator = _Calibrator(model, tokenizer, examples, promise, use or Use(), search or Search(), path)
     return calibrator.run(data_name)
@@ -124,6 +125,7 @@ class _Calibrator:
     def run(self, data_name: str) -> ModelCalibration:
         """All stages."""
         tables = {"select": self._table("select", self.candidates)}
+        self._refuse_degenerate("select")
         costs = self._costs("select", self.candidates)
         chains = self._chains(tables["select"], costs)
         tables["calibrate"] = self._table("calibrate", [one for chain in chains for one in chain])
@@ -133,7 +135,7 @@ class _Calibrator:
         chosen, reason = self._choose(chains, tested, costs)
         if chosen is not None and self.parts["report"]:
             tables["report"] = self._table("report", [chosen])
-        rows = [row for chain, result in zip(chains, tested) for row in _rows(chain, result, costs)]
+        rows = [row for chain, result in zip(chains, tested, strict=True) for row in _rows(chain, result, costs)]
         report = self._report(tables["report"], chosen) if "report" in tables else None
         return ModelCalibration(self._certificate(chosen, reason, rows, report, data_name), tables)
 
@@ -203,19 +205,23 @@ class _Calibrator:
         rows = self.use.rows_per_batch
         return record_losses(self.writer, self.parts[part], candidates, self.promise.loss, part, rows)
 
+    def _refuse_degenerate(self, part: str) -> None:
+        compared = self.parts[part][: len(units_of(self.parts[part], self.use.rows_per_batch))]
+        refuse_degenerate(self.writer.write(compared, full_depth(), part).texts)
+
     def _costs(self, part: str, candidates: Sequence[Candidate]) -> dict[str, float]:
         """Of full depth and of each candidate, by name."""
         everyone = [full_depth(), *candidates]
         if self.search.cost == "layers":
             texts = (self.writer.write(self.parts[part], one, part).texts for one in everyone)
-            return {one.name: _mean_layers(written) for one, written in zip(everyone, texts)}
+            return {one.name: _mean_layers(written) for one, written in zip(everyone, texts, strict=True)}
         size, rounds = self.use.batch_size, self.search.rounds
         key = f"{part} | time of {', '.join(one.name for one in everyone)} | batch {size}, {rounds} rounds"
         if key not in self.journal:
             stock = stock_of(self.model)
             options = {"batch_size": size, "rounds": rounds}
             self.journal.add(key, times_beside_stock(self.writer, stock, self.parts[part], everyone, **options))
-        return dict(zip((one.name for one in everyone), self.journal[key]))
+        return dict(zip((one.name for one in everyone), self.journal[key], strict=True))
 
     def _chains(self, table: LossTable, costs: Mapping[str, float]) -> list[list[Candidate]]:
         """What is tested one after the other, each chain by itself."""
@@ -252,7 +258,7 @@ class _Calibrator:
         self, chains: Sequence[Sequence[Candidate]], tested: Sequence[Calibration], costs: Mapping[str, float]
     ) -> tuple[Candidate | None, str]:
         """The cheapest of the chains' choices, or why there is none."""
-        safe = [chain[one.index] for chain, one in zip(chains, tested) if one.index is not None]
+        safe = [chain[one.index] for chain, one in zip(chains, tested, strict=True) if one.index is not None]
         cheapest = min(safe, key=lambda one: costs[one.name], default=None)
         if chains and cheapest is None:
             return None, NONE_SAFE
@@ -343,7 +349,7 @@ def _refuse_repeated(examples: Sequence[Example]) -> None:
 def _rows(chain: Sequence[Candidate], result: Calibration, costs: Mapping[str, float]) -> list[dict[str, Any]]:
     """A chain's lines in the certificate."""
     p_values = result.p_values or [None] * len(chain)
-    numbers = zip(chain, result.means, result.upper_bounds, p_values)
+    numbers = zip(chain, result.means, result.upper_bounds, p_values, strict=True)
     return [
         {
             "name": one.name,

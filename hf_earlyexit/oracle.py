@@ -90,7 +90,7 @@ class OracleExits:
     def agreement(self) -> dict[int, float]:
         """Of every exit layer, the share of tokens that agree there, were they all to leave there."""
         means = self.agrees[self.is_token].double().mean(dim=0)
-        return dict(zip(self.exit_layers, means.tolist()))
+        return dict(zip(self.exit_layers, means.tolist(), strict=True))
 
 
 def first_agreeing(agrees: torch.Tensor, layers: Sequence[int], num_layers: int) -> torch.Tensor:

@@ -78,7 +78,10 @@ def swept_thresholds(forced: ForcedTokens, name: str, count: int = SWEPT) -> lis
 def same_layer_points(forced: ForcedTokens) -> list[OraclePoint]:
     """Every token leaves after the same layer, for each exit point and the last layer: who asks nobody."""
     means = forced.agrees.double().mean(dim=0).tolist()
-    return [OraclePoint(float(layer), mean) for layer, mean in zip((*forced.layers, forced.num_layers), (*means, 1.0))]
+    return [
+        OraclePoint(float(layer), mean)
+        for layer, mean in zip((*forced.layers, forced.num_layers), (*means, 1.0), strict=True)
+    ]
 
 
 def oracle_points(forced: ForcedTokens) -> list[OraclePoint]:

@@ -142,7 +142,9 @@ def _draw(panel: Axes, results: Results, found: dict[str, Any]) -> None:
         _draw_curve(panel, name, one, COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)])
     same = points_of(found["same_layer"])
     _plot(panel, same, color="black", linestyle="--", marker=".", linewidth=1.2, label=SAME_LAYER)
-    for name, dashes in zip(found["oracles"], ("-", "-.", (0, (6, 1, 1, 1, 1, 1)), ":") * len(found["oracles"])):
+    for name, dashes in zip(
+        found["oracles"], ("-", "-.", (0, (6, 1, 1, 1, 1, 1)), ":") * len(found["oracles"]), strict=False
+    ):
         points = points_of(found["oracles"][name]["points"])
         _plot(panel, points, color="black", linestyle=dashes, linewidth=1.8, label=_oracle_name(found, name))
         panel.plot(points[0].layers, 100, color="black", marker="*", markersize=11, linestyle="none")

@@ -52,7 +52,7 @@ def panel_grid(count: int, most_columns: int, size: tuple[float, float], **share
 def shared_legend(figure: Figure, panels: Iterable[Axes]) -> None:
     """One legend of all panels above them, where it covers nothing."""
     labelled = [panel.get_legend_handles_labels() for panel in panels]
-    entries = {label: handle for handles, labels in labelled for handle, label in zip(handles, labels)}
+    entries = {label: handle for handles, labels in labelled for handle, label in zip(handles, labels, strict=True)}
     figure.legend(
         entries.values(), entries, loc="outside upper center", ncols=min(4, (len(entries) + 1) // 2), edgecolor="none"
     )

@@ -158,7 +158,7 @@ class ExitPoint:
         says = logits.argmax(dim=-1)
         favourites = [ids.gather(1, logits.argmax(dim=-1, keepdim=True))[:, 0] for ids, logits in self._judged]
         agrees = torch.stack([take(favourite, places) == says for favourite in favourites]).all(dim=0)
-        confirmed = {place for place, ok in zip(places, to_host(agrees)) if ok}
+        confirmed = {place for place, ok in zip(places, to_host(agrees), strict=True) if ok}
         return [place in confirmed for place in range(len(passed))]
 
     def known_logits(self, places: list[int]) -> list[tuple[list[int], torch.Tensor | None]]:

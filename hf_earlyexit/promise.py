@@ -122,3 +122,21 @@ def units_of(examples: Sequence[Example], rows_per_batch: int | None) -> list[st
         return [example.unit for example in examples]
     whole = len(examples) // rows_per_batch * rows_per_batch
     return [f"batch {place // rows_per_batch}" for place in range(whole)]
+
+
+def refuse_degenerate(texts: Sequence[Text]) -> None:
+    """Refuse to promise anything of a model that writes nothing, or the same for every input: nothing can be lost.
+
+    Args:
+        texts: What full depth writes for distinct inputs.
+
+    Raises:
+        ValueError: They are all empty or, of at least two inputs, all equal.
+    """
+    written = {one.text.strip() for one in texts}
+    if written == {""} or (len(written) == 1 and len(texts) > 1):
+        found = f"{next(iter(written))[:80]!r}" if written != {""} else "nothing"
+        raise ValueError(
+            f"At full depth the model writes {found} for each of {len(texts)} inputs, so that a promise about its "
+            "texts would say nothing: see whether the tokenizer, the prefix and the inputs are those of this model."
+        )

@@ -206,7 +206,7 @@ def by_length(results: Results, lengths: str, asked: Sequence[str]) -> list[ByLe
 def _in_third(own: dict[str, Any], full: dict[str, Any], places: Sequence[int]) -> InThird:
     differences = [own["rougeL"][place] - full["rougeL"][place] for place in places]
     tokens = [own["tokens"][place] for place in places]
-    layers = [own["layers"][place] * count for place, count in zip(places, tokens)]
+    layers = [own["layers"][place] * count for place, count in zip(places, tokens, strict=True)]
     return InThird(
         n=len(places),
         layers=sum(layers) / sum(tokens),

@@ -5,14 +5,15 @@ Reads what the package writes: `exits.json` of the shipped checkpoint, and the l
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from hf_earlyexit.config import is_integer, is_number
+from hf_earlyexit.json_text import decode, parse_json
 from hf_earlyexit.simulation import draw_layers
+from hf_earlyexit.tables import read_json_lines
 
 
 DRAWN_TEXTS, DRAWN_TOKENS = 256, 64
@@ -64,22 +65,17 @@ def read_exits(path: str | Path, seed: int = 0) -> RecordedExits:
     Raises:
         ValueError: It is neither.
     """
-    text = Path(path).read_text(encoding="utf-8")
+    text = decode(Path(path).read_bytes(), str(path))
     try:
-        values = json.loads(text)
+        values = parse_json(text, str(path))
         records = values if isinstance(values, list) else [values]
-    except json.JSONDecodeError:
-        records = [_parse(line, f"{path}, line {number}") for number, line in enumerate(text.splitlines(), 1) if line]
+    except ValueError:
+        records = read_json_lines(text, str(path)).records
+    if not records:
+        raise ValueError(f"{path} has no recorded exits: name a file of `hf-earlyexit generate --output-file`.")
     if len(records) == 1 and isinstance(records[0], dict) and not _is_text(records[0].get("layers_run")):
         return _of_object(records[0], str(path), seed)
     return RecordedExits([_layers_of(record, f"{path}, record {place}") for place, record in enumerate(records, 1)])
-
-
-def _parse(line: str, where: str) -> Any:
-    try:
-        return json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where}: not JSON ({error.msg} at column {error.colno})") from error
 
 
 def _layers_of(record: Any, where: str) -> list[int]:
@@ -92,7 +88,9 @@ def _layers_of(record: Any, where: str) -> list[int]:
 def _of_object(values: dict[str, Any], path: str, seed: int) -> RecordedExits:
     """Of one object for all texts, as `exits.json` is."""
     setting, num_layers = values.get("setting", {}), values.get("num_layers")
-    asked = setting.get("exit_layers")
+    asked = setting.get("exit_layers") if isinstance(setting, dict) else setting
+    if not isinstance(setting, dict) or not (asked is None or _is_text(asked) or asked == []):
+        raise ValueError(f"{path}: `setting` must be an object whose `exit_layers` lists layers, got {setting}.")
     known = (None if asked is None else tuple(asked), setting.get("exit_criterion"))
     if "layers_run" not in values and "distribution" in values:
         shares = _check_distribution(values["distribution"], num_layers, path)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import base64
 import io
-import json
 import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -20,7 +19,9 @@ from hf_earlyexit.candidates import FULL_DEPTH, STATIC
 from hf_earlyexit.certificate import confidence, plural
 from hf_earlyexit.extras import require
 from hf_earlyexit.figures import FIGURES, layer_colour
+from hf_earlyexit.json_text import read_json
 from hf_earlyexit.oracle_report import oracle_view
+from hf_earlyexit.output_files import write_text, written_beside
 from hf_earlyexit.questions import (
     CLOCKS,
     Choice,
@@ -59,7 +60,7 @@ def read_results(path: str | Path) -> Results:
         ValueError: It is no results file, or one of another format.
     """
     try:
-        results = json.loads(Path(path).read_text(encoding="utf-8"))
+        results = read_json(path)
     except ValueError as error:
         raise ValueError(f"{path} is not JSON: {error}. Name the results.json of an evaluation.") from error
     if not isinstance(results, dict) or "format" not in results:
@@ -115,13 +116,14 @@ def write_report(results: Results, html_path: str | Path, png_folder: str | Path
     check_results(results)
     pictures = {name: _png(figure) for name, draw in FIGURES.items() if (figure := draw(results)) is not None}
     page = Path(html_path)
-    page.write_text(render(results, pictures), encoding="utf-8")
+    write_text(page, render(results, pictures))
     if png_folder is None:
         return [page]
     folder = Path(png_folder)
     folder.mkdir(parents=True, exist_ok=True)
     for name, picture in pictures.items():
-        (folder / f"{name}.png").write_bytes(picture)
+        with written_beside(folder / f"{name}.png", "wb") as file:
+            file.write(picture)
     return [page, *(folder / f"{name}.png" for name in pictures)]
 
 
@@ -380,7 +382,7 @@ def cell_rows(results: Results, size: int) -> list[dict[str, Any]]:
 
 def spans(example: dict[str, Any], num_layers: int) -> list[dict[str, Any]]:
     """The tokens of an example as the page shows them: the space before, the letters, the layer, what to say of it."""
-    columns = zip(example["tokens"], example["layers"], example["confidences"])
+    columns = zip(example["tokens"], example["layers"], example["confidences"], strict=True)
     return [
         {
             "space": token.startswith(SPACE),

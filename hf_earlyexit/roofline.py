@@ -57,7 +57,7 @@ class DecoderSizes:
         """Of a config, a plain T5's or with exits."""
         depth = config.num_decoder_layers
         exits = EarlyExitConfig.from_dict(getattr(config, "early_exit", None)).for_layers(depth)
-        kinds = dict(zip(exits.exit_layers, exits.heads))
+        kinds = dict(zip(exits.exit_layers, exits.heads, strict=True))
         maps = tuple(HEAD_MAPS[kinds.get(layer, "shared")] for layer in range(1, depth + 1))
         gated = config.feed_forward_proj.startswith("gated-")
         inner = config.num_heads * config.d_kv
@@ -166,7 +166,7 @@ def heads_work(sizes: DecoderSizes, walk: SimulatedWalk) -> PartWork:
     own = (walk.head_rows[maps > 0], maps[maps > 0], 2 * (maps * walk.head_rows)[maps > 0])
     rows = walk.head_products[walk.head_products > 0]
     numbers = sizes.head_matrix + sizes.d_model + rows * (sizes.d_model + sizes.vocabulary)
-    rows, numbers, flops = map(np.concatenate, zip(own, (rows, numbers, 2 * rows * sizes.head_matrix)))
+    rows, numbers, flops = map(np.concatenate, zip(own, (rows, numbers, 2 * rows * sizes.head_matrix), strict=True))
     return PartWork(HEADS, rows, sizes.value_bytes * numbers, flops)
 
 

@@ -88,7 +88,7 @@ class Rows:
         """Write `values [rows, ...]` into these rows of a batch tensor, in place."""
         # A slice copies large rows twice as fast as an index does; of small ones an index copies all in one call.
         if len(self.runs) == 1 or values[0].numel() >= LARGE_ROW:
-            for run, here in zip(self.runs, self.places):
+            for run, here in zip(self.runs, self.places, strict=True):
                 tensor[run] = values[here]
         else:
             tensor.index_copy_(0, self.index, values)

@@ -108,8 +108,10 @@ class ExitRun:
         rows that pass were judged by candidates."""
         confidences = self._confidences(point)
         thresholds = [self._threshold(position) for position in point.positions]
-        passed = point.confirm([confidence >= threshold for confidence, threshold in zip(confidences, thresholds)])
-        self._has_passed.update(row for row, ok in zip(point.rows, passed) if ok)
+        passed = point.confirm(
+            [confidence >= threshold for confidence, threshold in zip(confidences, thresholds, strict=True)]
+        )
+        self._has_passed.update(row for row, ok in zip(point.rows, passed, strict=True) if ok)
         leave = self.rule(passed, [row in self._has_passed for row in point.rows])
         leaving = [place for place, leaves in enumerate(leave) if leaves]
         for place in leaving:
@@ -139,7 +141,7 @@ class ExitRun:
 
     def record_finished(self, finished: Sequence[bool]) -> None:
         """Rows that the stopping criteria have ended by now, one flag per row; they run nothing any more."""
-        self._finished = [before or now for before, now in zip(self._finished, finished)]
+        self._finished = [before or now for before, now in zip(self._finished, finished, strict=True)]
 
     def see_logits(self, logits: torch.Tensor) -> None:
         """What the step has come to, `[batch, 1, vocabulary]`; of no interest to a run that is not watched."""

@@ -42,7 +42,7 @@ class Search:
     finalists: int = 1
     cost: str = "time"
     rounds: int = 31
-    shares: Mapping[str, float] = field(default_factory=lambda: dict(zip(PARTS, (0.2, 0.4, 0.4))))
+    shares: Mapping[str, float] = field(default_factory=lambda: dict(zip(PARTS, (0.2, 0.4, 0.4), strict=True)))
     writing_batch_size: int = 16
     criteria: Mapping[str, dict[str, Any]] = field(default_factory=dict)
 
@@ -99,7 +99,9 @@ def curves_of(candidates: Sequence[Candidate]) -> list[str]:
 
 def pareto_front(table: LossTable, costs: Mapping[str, float], below: float) -> list[Candidate]:
     """Of the candidates that cost less than `below`, those that no other one beats in both loss and cost; by loss."""
-    by_loss = sorted(zip(table.losses.mean(axis=0), (costs[name] for name in table.names), table.candidates), key=_key)
+    by_loss = sorted(
+        zip(table.losses.mean(axis=0), (costs[name] for name in table.names), table.candidates, strict=True), key=_key
+    )
     front: list[Candidate] = []
     for _, cost, candidate in by_loss:
         if cost < below:

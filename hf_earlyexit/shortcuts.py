@@ -272,7 +272,7 @@ class Sums:
 def _layers_of(model: EarlyExitT5ForConditionalGeneration) -> list[int]:
     """The exit points with a shortcut."""
     exits = model.early_exit
-    layers = [layer for layer, kind in zip(exits.exit_layers, exits.heads) if kind == KIND]
+    layers = [layer for layer, kind in zip(exits.exit_layers, exits.heads, strict=True) if kind == KIND]
     if not layers:
         raise ValueError(
             f"`model` has no exit point with a head of kind {KIND!r}, its kinds are {list(exits.heads)}: load it with "

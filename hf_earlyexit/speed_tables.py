@@ -24,7 +24,7 @@ def describe_rates(rates: MachineRates) -> str:
     """What the machine can do at best."""
     set_size = rates.working_set / 2**20
     from_cache, from_memory = (
-        ", ".join(f"{rate / 1e9:.0f} ({rows})" for rows, rate in zip(rates.product_rows, found))
+        ", ".join(f"{rate / 1e9:.0f} ({rows})" for rows, rate in zip(rates.product_rows, found, strict=True))
         for found in (rates.cached_rates, rates.memory_rates)
     )
     return (

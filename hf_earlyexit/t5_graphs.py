@@ -52,7 +52,9 @@ class GraphedT5:
     """What all calls on one prepared copy share: weights as graphs take them, idle workspaces, compiled functions."""
 
     def __init__(self, prepared: PreparedT5):
-        self.layers: list[LayerWeights] = [layer_weights(*pair) for pair in zip(prepared.blocks, prepared.layers)]
+        self.layers: list[LayerWeights] = [
+            layer_weights(*pair) for pair in zip(prepared.blocks, prepared.layers, strict=True)
+        ]
         self.pool = WorkspacePool()
         self.compiled: dict[Hashable, Callable] = {}
 

@@ -73,7 +73,7 @@ class Region:
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """As the class says; `states [bucket, hidden]`, keys and values `[2, layers, bucket, heads, head]`."""
         keys, values, previous = [], [], states
-        for layer, past in zip(layers, pasts):
+        for layer, past in zip(layers, pasts, strict=True):
             previous = states
             states, key, value = self.layer(states, layer, past, present)
             keys.append(key)

@@ -57,7 +57,7 @@ def colour_tokens(
     """
     paint = _painted if colour else _annotated
     marks = [MARK if place in marked else "" for place in range(len(tokens))]
-    pieces = [paint(token, layer, num_layers, mark) for token, layer, mark in zip(tokens, layers, marks)]
+    pieces = [paint(token, layer, num_layers, mark) for token, layer, mark in zip(tokens, layers, marks, strict=True)]
     return "".join(pieces).removeprefix(" ")
 
 
@@ -119,13 +119,14 @@ def paragraph(text: str, width: int) -> str:
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """Columns under `header`, the first one left-aligned, the others right-aligned."""
     lines = [list(header), *map(list, rows)]
-    widths = [max(map(len, column)) for column in zip(*lines)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join(_table_line(line, widths) for line in lines)
 
 
 def _table_line(cells: Sequence[str], widths: Sequence[int]) -> str:
     first, *others = (
-        cell.rjust(width) if place else cell.ljust(width) for place, (cell, width) in enumerate(zip(cells, widths))
+        cell.rjust(width) if place else cell.ljust(width)
+        for place, (cell, width) in enumerate(zip(cells, widths, strict=True))
     )
     return "  ".join([first, *others]).rstrip()
 

@@ -177,7 +177,7 @@ def _payments(trials: Mapping[str, Trial], parts: Mapping[str, Mapping[str, floa
     works = [trials[name].work for name in names]
     counts = np.array([[_times(work.owed), work.owed.sum()] for work in works], dtype=float)
     unpaid = [_times(work.rows) - _times(work.owed) for work in works]
-    seconds = [parts[name][CATCH_UP] - lookup * times for name, times in zip(names, unpaid)]
+    seconds = [parts[name][CATCH_UP] - lookup * times for name, times in zip(names, unpaid, strict=True)]
     payment, position = np.linalg.lstsq(counts, np.array(seconds), rcond=None)[0]
     return max(0.0, float(payment)), max(0.0, float(position))
 

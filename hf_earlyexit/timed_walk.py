@@ -39,7 +39,7 @@ class Replay:
     def confidence(self, point: ExitPoint) -> torch.Tensor:
         if self.asked is not None:
             self.asked.confidence(point).tolist()  # an answer is waited for
-        sure = [point.layer >= self.layers[at, row] for row, at in zip(point.rows, point.positions)]
+        sure = [point.layer >= self.layers[at, row] for row, at in zip(point.rows, point.positions, strict=True)]
         return torch.tensor(sure, dtype=torch.float32)
 
 

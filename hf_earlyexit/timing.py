@@ -42,14 +42,14 @@ class Times:
         """Time a call."""
         starts = [read() for read in CLOCKS.values()]
         call()
-        for (clock, read), start in zip(CLOCKS.items(), starts):
+        for (clock, read), start in zip(CLOCKS.items(), starts, strict=True):
             self.seconds[clock][name].append(read() - start)
 
     def ratio(self, call: str, against: Mapping[str, float], clock: str) -> Spread:
         """The time of `call` over the weighted sum of those it is held against, round by round."""
         seconds = self.seconds[clock]
         parts = [[weight * second for second in seconds[name]] for name, weight in against.items()]
-        return spread([ours / sum(each) for ours, *each in zip(seconds[call], *parts)])
+        return spread([ours / sum(each) for ours, *each in zip(seconds[call], *parts, strict=True)])
 
 
 def measure(

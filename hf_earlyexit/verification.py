@@ -11,7 +11,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from hf_earlyexit.bounds import p_values_of
-from hf_earlyexit.candidates import Candidate
+from hf_earlyexit.candidates import Candidate, full_depth
 from hf_earlyexit.certificate import Certificate, versions
 from hf_earlyexit.certified import certified_config, uncertified
 from hf_earlyexit.data import Example, data_fingerprint, split_by_unit
@@ -22,6 +22,7 @@ from hf_earlyexit.journal import Journal
 from hf_earlyexit.loss_table import record_losses
 from hf_earlyexit.losses import Loss
 from hf_earlyexit.models import EarlyExitT5ForConditionalGeneration
+from hf_earlyexit.promise import refuse_degenerate, units_of
 from hf_earlyexit.settings import ExitSettings
 from hf_earlyexit.writing import Writer
 
@@ -114,6 +115,7 @@ def verify_certificate(
     )
     candidate = Candidate(certificate.name, None, certificate.setting)
     table = record_losses(writer, new, [candidate], loss, "verify", rows)
+    refuse_degenerate(writer.write(new[: len(units_of(new, rows))], full_depth(), "verify").texts)
     losses = table.column(candidate)
     return Verification(
         **mean_interval(losses),

@@ -43,7 +43,7 @@ class WatchedRun(ExitRun):
 
     def _confidences(self, point: ExitPoint) -> list[float]:
         confidences = super()._confidences(point)
-        answers = zip(point.rows, confidences, to_host(point.first_choices()))
+        answers = zip(point.rows, confidences, to_host(point.first_choices()), strict=True)
         self._answers[-1] += [(row, point.layer, confidence, choice) for row, confidence, choice in answers]
         return confidences
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from itertools import starmap
 from typing import Any
 
 from tqdm import tqdm
@@ -96,7 +97,10 @@ class Writer:
                 entries.append(self.journal[key])
                 progress.update(len(batch["input_ids"]))
         texts = [Text(**text) for entry in entries for text in entry["texts"]]
-        work = {name: [sum(counts) for counts in zip(*(entry["work"][name] for entry in entries))] for name in WORK}
+        work = {
+            name: [sum(counts) for counts in zip(*(entry["work"][name] for entry in entries), strict=True)]
+            for name in WORK
+        }
         return Writing(texts, work)
 
     def _write_batch(self, batch: dict[str, Any], candidate: Candidate) -> dict[str, Any]:
@@ -108,7 +112,7 @@ class Writer:
             raise ValueError("`num_return_sequences` must be 1: what an input loses is looked at for one text of it.")
         texts = self.tokenizer.batch_decode(output.sequences, skip_special_tokens=True)
         new_tokens = output.sequences[:, -output.layers_run.shape[1] :].tolist()
-        written = map(_text_of, texts, new_tokens, output.layers_run.tolist())
+        written = starmap(_text_of, zip(texts, new_tokens, output.layers_run.tolist(), strict=True))
         return {
             "texts": [asdict(text) for text in written],
             "work": {name: getattr(output, name).tolist() for name in WORK},

@@ -87,7 +87,7 @@ class StepTimes:
         """What a row of the result holds."""
         steps = self.lengths.long - self.lengths.short
         step = (median(self.long) - median(self.short)) / steps
-        paired = [(long - short) / steps for long, short in zip(self.long, self.short)]
+        paired = [(long - short) / steps for long, short in zip(self.long, self.short, strict=True)]
         quarters = quantiles(paired, n=4, method="inclusive") if len(paired) > 1 else [step, step, step]
         layers = {} if self.mean_layers is None else {"mean_layers": self.mean_layers}
         return {

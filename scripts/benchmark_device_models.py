@@ -111,7 +111,7 @@ class DeviceBench(GridBench):
         def add(name: str, **exits) -> None:
             found.append(self.contender(name, model, states, **exits, **settings))
 
-        for name, depth in zip(("1/4", "1/2", "3/4"), self.depths):
+        for name, depth in zip(("1/4", "1/2", "3/4"), self.depths, strict=True):
             add(f"exit {name}", exit_criterion="fixed", exit_layer=depth)
         for criterion in ("classifier", "softmax"):
             vain = {"exit_criterion": criterion, "exit_threshold": 1.0, "exit_layers": self.depths}

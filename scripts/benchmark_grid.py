@@ -59,7 +59,7 @@ class Replay:
         return text[position % len(text)] * self.num_layers // self.of_layers
 
     def confidence(self, point: ExitPoint) -> torch.Tensor:
-        asked = zip(point.rows, point.positions)
+        asked = zip(point.rows, point.positions, strict=True)
         return torch.tensor([float(point.layer >= self.depth(row, position)) for row, position in asked])
 
     def shares(self, rows: int, steps: int) -> dict[int, float]:

@@ -105,7 +105,7 @@ def ctranslate2_case(bench: Bench, length: int, rows: int, translator: Any) -> C
         "exit after 2": lambda: bench.generate(bench.ours, **inputs, **AFTER_2),
     }
     expected = [[names[number] for number in row[1:]] for row in calls["stock"]().tolist()]
-    same = sum(one.hypotheses[0] == other for one, other in zip(calls["ctranslate2"](), expected))
+    same = sum(one.hypotheses[0] == other for one, other in zip(calls["ctranslate2"](), expected, strict=True))
     bars = [Bar(f"{name} / ctranslate2", name, {"ctranslate2": 1}) for name in calls if name != "ctranslate2"]
     about = f"encoder included, CTranslate2 gives stock's tokens in {same} rows"
     return Case(f"batch {rows}, {length} source tokens, {about}", calls, bars)

@@ -38,7 +38,7 @@ class Script:
     leaves: Callable[[int, int], bool]
 
     def confidence(self, point: ExitPoint) -> torch.Tensor:
-        asked = zip(point.rows, point.positions)
+        asked = zip(point.rows, point.positions, strict=True)
         return torch.tensor([float(point.layer == 1 and self.leaves(row, position)) for row, position in asked])
 
 
@@ -170,7 +170,7 @@ def translator_of(model: T5ForConditionalGeneration, compute_type: str = "float3
     """The model in CTranslate2, read into memory. The converter wants a tokenizer, for the vocabulary."""
     words = {piece: number for number, piece in enumerate(pieces(model.config.vocab_size))}
     backend = Tokenizer(WordLevel(words, unk_token=SPECIAL[-1]))
-    special = dict(zip(("pad_token", "eos_token", "unk_token"), SPECIAL))
+    special = dict(zip(("pad_token", "eos_token", "unk_token"), SPECIAL, strict=True))
     ctranslate2, threads = import_ctranslate2(), {"inter_threads": 1, "intra_threads": torch.get_num_threads()}
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(f"{folder}/stock")

@@ -56,7 +56,7 @@ def draw(cases: Sequence[dict[str, Any]], path: Path) -> None:
     figure, panels = pyplot.subplots(
         len(cases), 1, figsize=(9, 0.26 * sum(sizes) + 0.9 * len(cases)), height_ratios=sizes, squeeze=False
     )
-    for case, panel in zip(cases, panels[:, 0]):
+    for case, panel in zip(cases, panels[:, 0], strict=True):
         draw_cell(case, panel)
     figure.supxlabel("time over stock `generate`, left is faster (log scale)", fontsize=10)
     figure.tight_layout()

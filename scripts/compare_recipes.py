@@ -31,7 +31,6 @@ from recipes import RECIPES, Recipe
 from text_pairs import DataArguments, HelpFormatter, check_data, read_pairs, tokenize
 from torch.utils.data import DataLoader
 from transformers import (
-    AutoTokenizer,
     DataCollatorForSeq2Seq,
     HfArgumentParser,
     PreTrainedTokenizerBase,
@@ -40,13 +39,17 @@ from transformers import (
 )
 
 from hf_earlyexit import EarlyExitConfig, EarlyExitT5ForConditionalGeneration
+from hf_earlyexit.config import early_exit_config
 from hf_earlyexit.data import Example, group_by_input, in_random_order
 from hf_earlyexit.evaluation import evaluate_model
 from hf_earlyexit.extras import require
+from hf_earlyexit.failures import refusals
 from hf_earlyexit.grid import Grid
 from hf_earlyexit.lora import add_lora, merge_lora
 from hf_earlyexit.machine import environment, load
+from hf_earlyexit.output_files import refuse_folder_of_model, refuse_overwriting, write_text
 from hf_earlyexit.shortcuts import fit_shortcuts
+from hf_earlyexit.tokenizer import load_tokenizer
 from hf_earlyexit.training import EarlyExitTrainer
 
 
@@ -78,20 +81,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Train and evaluate every recipe that is not done yet; the last line printed is JSON."""
     parser = HfArgumentParser((ComparisonArguments, DataArguments), description=__doc__, formatter_class=HelpFormatter)
     arguments, data = parser.parse_args_into_dataclasses(argv)
-    try:
+    with refusals(parser.prog):
         check_recipes(arguments)
         check_data(data)
+        models = [arguments.model, *arguments.beside]
+        refuse_folder_of_model("--output_dir", arguments.output_dir, models)
+        refuse_overwriting({"--table": arguments.table}, [data.train_file, data.validation_file, *models])
         train_pairs, validation_pairs = read_pairs(data)
-    except (ValueError, OSError, ImportError) as error:  # the user's to mend, and nothing has been done yet
-        print(f"{parser.prog}: error: {error} See --help.", file=sys.stderr)
-        sys.exit(2)
-    comparison = Comparison(arguments, data, train_pairs, in_random_order(group_by_input(validation_pairs)))
+        comparison = Comparison(arguments, data, train_pairs, in_random_order(group_by_input(validation_pairs)))
     results = {name: comparison.of_recipe(name) for name in arguments.recipes}
     results |= {Path(path).name: comparison.of_checkpoint(path) for path in arguments.beside}
     text = table(results, comparison.of_recipe(BEFORE), comparison.budget)
     print(text)
     if arguments.table:
-        Path(arguments.table).write_text(text + "\n", encoding="utf-8")
+        write_text(arguments.table, text + "\n")
     print(json.dumps({"output_dir": arguments.output_dir, "recipes": results}))
 
 
@@ -131,7 +134,8 @@ class Comparison:
         examples: list[Example],
     ):
         self.arguments, self.data, self.folder = arguments, data, Path(arguments.output_dir)
-        self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(arguments.model)
+        config, _ = early_exit_config(arguments.model, None, {})
+        self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(arguments.model, config)
         needed = arguments.max_steps * arguments.batch_size
         self.train_rows = tokenize(self.tokenizer, train_pairs, data).shuffle(seed=arguments.seed)
         self.train_rows = self.train_rows.select(range(min(needed, len(self.train_rows))))
@@ -168,7 +172,7 @@ class Comparison:
         print(f"--- {name}", file=sys.stderr)
         found = {"asked": asked, **make()}
         self.folder.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(found) + "\n", encoding="utf-8")
+        write_text(file, json.dumps(found) + "\n")
         return found
 
     def _try_recipe(self, name: str, recipe: Recipe) -> dict[str, Any]:

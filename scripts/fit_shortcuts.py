@@ -16,20 +16,21 @@ import shlex
 import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import NoReturn
 
 import torch
 from datasets import Dataset
 from huggingface_hub import ModelCardData
 from text_pairs import DataArguments, HelpFormatter, check_data, on_hub, read_pairs, tokenize
 from torch.utils.data import DataLoader
-from transformers import AutoTokenizer, DataCollatorForSeq2Seq, HfArgumentParser, PreTrainedTokenizerBase
+from transformers import DataCollatorForSeq2Seq, HfArgumentParser, PreTrainedTokenizerBase
 
 from hf_earlyexit import EarlyExitConfig, EarlyExitT5ForConditionalGeneration
 from hf_earlyexit.config import early_exit_config
 from hf_earlyexit.data import group_by_input
 from hf_earlyexit.extras import require
+from hf_earlyexit.failures import reading, refusals
 from hf_earlyexit.model_card import TrainedExits, make_card
+from hf_earlyexit.output_files import refuse_folder_of_model
 from hf_earlyexit.shortcuts import (
     KIND,
     ExitWorth,
@@ -39,6 +40,7 @@ from hf_earlyexit.shortcuts import (
     measure_shortcuts,
     with_full_depth_labels,
 )
+from hf_earlyexit.tokenizer import load_tokenizer
 
 
 ABOUT = "Its exit heads are linear shortcuts, fitted in closed form; the rest is the model that it was made of."
@@ -67,17 +69,17 @@ def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     parser = HfArgumentParser((FitArguments, DataArguments), description=__doc__, formatter_class=HelpFormatter)
     arguments, data = parser.parse_args_into_dataclasses(argv)
-    try:
+    with refusals(parser.prog):
         check_fit(arguments)
         check_data(data)
+        refuse_folder_of_model("--output_dir", arguments.output_dir, [arguments.model])
         config = shortcut_config(arguments)
         train_pairs, validation_pairs = read_pairs(data)
-    except (ValueError, OSError, ImportError) as error:  # the user's to mend, and nothing has been done yet
-        refuse(parser.prog, error)
-    tokenizer = AutoTokenizer.from_pretrained(arguments.model)
-    model = EarlyExitT5ForConditionalGeneration.from_pretrained(
-        arguments.model, early_exit=config, dtype=torch.float32
-    ).eval()
+        with reading(arguments.model, "the model"):
+            model = EarlyExitT5ForConditionalGeneration.from_pretrained(
+                arguments.model, early_exit=config, dtype=torch.float32
+            ).eval()
+        tokenizer = load_tokenizer(arguments.model, model.config)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     train_pairs = chosen(train_pairs, arguments)
     examples = group_by_input(validation_pairs)[: data.max_validation_inputs]
@@ -85,22 +87,14 @@ def main(argv: list[str] | None = None) -> None:
     train = batches_of(tokenize(tokenizer, train_pairs, data), tokenizer, arguments.batch_size)
     if arguments.own_texts:
         train = with_full_depth_labels(model, train, max_new_tokens=data.max_target_tokens)
-    try:
+    with refusals(parser.prog):  # too few rows, or too much alike
         fit = fit_shortcuts(model, train, ridge=arguments.ridge)
-    except ValueError as error:  # too few rows, or too much alike
-        refuse(parser.prog, error)
     validation = batches_of(tokenize(tokenizer, validation_pairs, data), tokenizer, arguments.batch_size)
     report = measure_shortcuts(model, validation)
     command = shlex.join(["python", "scripts/fit_shortcuts.py", *argv])
     save(model, tokenizer, arguments, fit, report, command)
     found = {"rows": len(train_pairs), "inputs": len(examples), "fit": asdict(fit), "held_out": as_json(report)}
     print(json.dumps({"output_dir": arguments.output_dir, "command": command, **found}))
-
-
-def refuse(program: str, error: Exception) -> NoReturn:
-    """Say what is wrong, and end."""
-    print(f"{program}: error: {error} See --help.", file=sys.stderr)
-    sys.exit(2)
 
 
 def check_fit(arguments: FitArguments) -> None:

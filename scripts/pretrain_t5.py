@@ -41,8 +41,11 @@ from transformers import (
 from transformers.trainer_utils import get_last_checkpoint
 
 from hf_earlyexit.data import group_by_input
+from hf_earlyexit.failures import reading, refusals
 from hf_earlyexit.metrics import ROUGE_TYPES
+from hf_earlyexit.output_files import refuse_folder_of_model
 from hf_earlyexit.text_trainer import TextTrainer
+from hf_earlyexit.tokenizer import load_tokenizer
 
 
 PAD, END, UNKNOWN = "<pad>", "</s>", "<unk>"
@@ -86,19 +89,18 @@ def main(argv: list[str] | None = None) -> None:
     kinds = (ShapeArguments, DataArguments, RunArguments, Seq2SeqTrainingArguments)
     parser = HfArgumentParser(kinds, description=__doc__, formatter_class=HelpFormatter)
     shape, data, run, training = parser.parse_args_into_dataclasses(argv)
-    try:
+    with refusals(parser.prog):
         check_shape(shape)
         check_run(run, shape, training)
         check_data(data)
+        refuse_folder_of_model("--output_dir", training.output_dir, [run.start_from])
         train_pairs, validation_pairs = read_pairs(data)
-    except (ValueError, OSError) as error:  # the user's to mend, and nothing has been done yet
-        print(f"{parser.prog}: error: {error} See --help.", file=sys.stderr)
-        sys.exit(2)
     folder = Path(training.output_dir)
     set_seed(training.seed)
     if run.start_from is not None:
-        tokenizer = AutoTokenizer.from_pretrained(run.start_from)
-        model = T5ForConditionalGeneration.from_pretrained(run.start_from, dtype=torch.float32)
+        with refusals(parser.prog), reading(run.start_from, "the model"):
+            model = T5ForConditionalGeneration.from_pretrained(run.start_from, dtype=torch.float32)
+            tokenizer = load_tokenizer(run.start_from, model.config)
     else:
         with training.main_process_first(desc="the tokenizer"):
             tokenizer = known_tokenizer(folder) if run.resume or not training.should_save else None

@@ -14,11 +14,14 @@ from tqdm import tqdm
 from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_earlyexit.data import Example, column_pairs, read_file, text_columns
+from hf_earlyexit.failures import reading
 from hf_earlyexit.labelled import IGNORED
 from hf_earlyexit.metrics import Rouge
 from hf_earlyexit.shortcuts import with_full_depth_labels
+from hf_earlyexit.tables import READERS, Table, suffix_of
 
 
+SPLITS = ("train", "validation")
 DATASET_CONFIGS = {"cnn_dailymail": "3.0.0", "abisee/cnn_dailymail": "3.0.0"}
 
 
@@ -63,14 +66,27 @@ def read_pairs(arguments: DataArguments) -> tuple[list[tuple[str, str]], list[tu
     """Training and validation pairs, inputs with the prefix."""
     if arguments.train_file is not None:
         parts = read_file(arguments.train_file), read_file(arguments.validation_file)
+    elif (files := split_files(Path(arguments.dataset))) is not None:
+        parts = map(read_file, files)
     else:
         own = None if Path(arguments.dataset).exists() else DATASET_CONFIGS.get(arguments.dataset)
         config = arguments.dataset_config or own
-        parts = load_dataset(arguments.dataset, config, split=["train", "validation"])
+        with reading(arguments.dataset, "the data set"):
+            parts = load_dataset(arguments.dataset, config, split=list(SPLITS))
     return tuple(pairs_of(part, arguments) for part in parts)
 
 
-def pairs_of(dataset: Dataset, arguments: DataArguments) -> list[tuple[str, str]]:
+def split_files(folder: Path) -> list[Path] | None:
+    """The one file of each split in a folder; None where the library `datasets` has to find its way.
+
+    It would guess what kind of values are in the columns of a CSV.
+    """
+    tables = [path for path in folder.iterdir() if suffix_of(str(path)) in READERS] if folder.is_dir() else []
+    found = [[path for path in tables if path.name.partition(".")[0] == split] for split in SPLITS]
+    return [path for (path,) in found] if all(len(paths) == 1 for paths in found) else None
+
+
+def pairs_of(dataset: Table | Dataset, arguments: DataArguments) -> list[tuple[str, str]]:
     """The pairs of one split."""
     columns = text_columns(dataset.column_names, arguments.source_column, arguments.target_column)
     return column_pairs(dataset, *columns, prefix=arguments.prefix)
@@ -85,7 +101,7 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, pairs: list[tuple[str, str]], a
         targets = tokenizer(text_target=rows["target"], truncation=True, max_length=arguments.max_target_tokens)
         return {**encoded, "labels": targets["input_ids"]}
 
-    sources, targets = zip(*pairs)
+    sources, targets = zip(*pairs, strict=True)
     rows = Dataset.from_dict({"source": list(sources), "target": list(targets)})
     return rows.map(encode, batched=True, remove_columns=rows.column_names, desc="tokenising")
 
@@ -108,8 +124,8 @@ def own_outputs(
     groups = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
     batches = (tokenizer.pad([rows[place] for place in places], return_tensors="pt") for places in groups)
     labelled = with_full_depth_labels(model.eval(), batches, max_new_tokens=arguments.max_target_tokens)
-    for places, batch in zip(tqdm(groups, desc="writing its own targets"), labelled):
-        for place, ids in zip(places, batch["labels"].cpu()):
+    for places, batch in zip(tqdm(groups, desc="writing its own targets"), labelled, strict=True):
+        for place, ids in zip(places, batch["labels"].cpu(), strict=True):
             rows[place]["labels"] = ids[ids != IGNORED].tolist()
     return Dataset.from_list(rows)
 

@@ -35,19 +35,22 @@ from text_pairs import (
     read_pairs,
     tokenize,
 )
-from transformers import AutoTokenizer, DataCollatorForSeq2Seq, HfArgumentParser, Seq2SeqTrainingArguments
+from transformers import DataCollatorForSeq2Seq, HfArgumentParser, Seq2SeqTrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
 from hf_earlyexit import ClassifierConfig, EarlyExitConfig, EarlyExitT5ForConditionalGeneration
 from hf_earlyexit.config import CLASSIFIER_KINDS, HEAD_KINDS, early_exit_config
 from hf_earlyexit.data import group_by_input
 from hf_earlyexit.extras import require
+from hf_earlyexit.failures import reading, refusals
 from hf_earlyexit.lora import add_lora, merge_lora
 from hf_earlyexit.objectives import OBJECTIVES, Objective
 from hf_earlyexit.objectives.layer_skip import CURRICULA, DROPOUT_SCHEDULES
 from hf_earlyexit.objectives.multi_exit import WEIGHTS
 from hf_earlyexit.objectives.self_distillation import TOWARDS
 from hf_earlyexit.objectives.shallow_deep import ALIGNMENTS
+from hf_earlyexit.output_files import refuse_folder_of_model
+from hf_earlyexit.tokenizer import load_tokenizer
 from hf_earlyexit.training import EarlyExitTrainer
 
 
@@ -116,19 +119,18 @@ def main(argv: list[str] | None = None) -> None:
     kinds = (ModelArguments, ObjectiveArguments, DataArguments, RunArguments, Seq2SeqTrainingArguments)
     parser = HfArgumentParser(kinds, description=__doc__, formatter_class=HelpFormatter)
     model_args, objective_args, data_args, run_args, training = parser.parse_args_into_dataclasses(argv)
-    try:
+    with refusals(parser.prog):
         objective = make_objective(objective_args)
         check_lora(run_args.lora_rank, objective)
         check_data(data_args)
+        refuse_folder_of_model("--output_dir", training.output_dir, [model_args.model])
         config = exit_config(model_args, objective_args)
         train_pairs, validation_pairs = read_pairs(data_args)
-    except (ValueError, OSError, ImportError) as error:  # the user's to mend, and nothing has been done yet
-        print(f"{parser.prog}: error: {error} See --help.", file=sys.stderr)
-        sys.exit(2)
-    tokenizer = AutoTokenizer.from_pretrained(model_args.model)
-    model = EarlyExitT5ForConditionalGeneration.from_pretrained(
-        model_args.model, early_exit=config, dtype=torch.float32
-    )
+        with reading(model_args.model, "the model"):
+            model = EarlyExitT5ForConditionalGeneration.from_pretrained(
+                model_args.model, early_exit=config, dtype=torch.float32
+            )
+        tokenizer = load_tokenizer(model_args.model, model.config)
     if run_args.lora_rank is not None:
         add_lora(model, run_args.lora_rank)
     if training.generation_max_length is None and model.generation_config.max_new_tokens is None:

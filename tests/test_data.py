@@ -167,8 +167,10 @@ def test_fingerprints_of_data():
 
 def test_what_is_no_text_is_refused_by_row_and_column(tmp_path):
     dataset = read_file(write(tmp_path / "rows.jsonl", [{"mr": "a", "ref": "x"}, {"mr": "b", "ref": None}]))
-    with pytest.raises(ValueError, match="Row 1 has no text in column 'ref': None"):
+    with pytest.raises(ValueError, match="rows.jsonl, line 2 has no text in column 'ref': None"):
         column_pairs(dataset, "mr", "ref")
+    with pytest.raises(ValueError, match="Row 1 has no text in column 'ref': None"):
+        column_pairs(Dataset.from_list(dataset.records), "mr", "ref")
 
 
 def test_what_is_no_file_of_pairs(tmp_path):

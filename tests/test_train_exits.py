@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -50,6 +51,7 @@ def folder(tmp_path_factory) -> Path:
     torch.manual_seed(0)
     config = tiny_config(vocab_size=8000, eos_token_id=1, pad_token_id=0)
     T5ForConditionalGeneration(config).save_pretrained(folder / "plain")
+    shutil.copytree(folder / "plain", folder / "bare")
     AutoTokenizer.from_pretrained(CHECKPOINT).save_pretrained(folder / "plain")
     (folder / "cnn_dailymail").mkdir()
     for split, rows in {"train": articles(12), "validation": articles(6, start=5)}.items():
@@ -254,6 +256,8 @@ def test_adapters_are_merged_before_saving(folder):
         ("--model plain --output_dir x --dataset cnn_dailymail --exit_layers 9", "`exit_layers` has 9"),
         ("--model plain --output_dir x --dataset cnn_dailymail --source_column body", "no column 'body'"),
         ("--model plain --output_dir x --train_file train.csv --validation_file no.csv", "no file 'no.csv'"),
+        ("--model plain --output_dir plain/x --dataset cnn_dailymail", "is, or is in, the folder of the model"),
+        ("--model bare --output_dir x --dataset cnn_dailymail", "bare has no tokenizer"),
     ],
 )
 def test_what_cannot_be_is_said_before_any_work(folder, options, message):

@@ -61,7 +61,7 @@ class MultiExit(Objective):
         *weights, last_weight = WEIGHTS[self.weights]((*exits.layers, exits.num_layers))
         teacher = last_layer_probabilities(exits) if self.distillation else None
         total = (last_weight + self.last_again) * label_loss(exits.logits(exits.num_layers), exits.labels)
-        for weight, layer in zip(weights, exits.layers):
+        for weight, layer in zip(weights, exits.layers, strict=True):
             total = total + weight * self._exit_losses(exits.logits(layer), exits.labels, teacher)
         return total
 

@@ -1,0 +1,194 @@
+"""Any file through every reader: the rows that are in it, as they stand, or one line that says what is wrong.
+
+`-m slow` tries two thousand files of each kind.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import json
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as some
+
+from hf_earlyexit.certificate import Certificate
+from hf_earlyexit.cli_data import read_examples
+from hf_earlyexit.cli_generate import read_records
+from hf_earlyexit.cli_speed import read_time_model
+from hf_earlyexit.failures import is_users, one_line
+from hf_earlyexit.recorded_exits import read_exits
+from hf_earlyexit.report import read_results
+from hf_earlyexit.tables import READERS, read_file
+
+
+FEW, MANY = 15, 2000
+ENCODINGS = ("utf-8", "utf-8-sig", "latin-1", "utf-16", "cp1252")
+NAMES = some.sampled_from(("input", "target", "text", "mr", "ref", "", " input", "id", "output"))
+TEXTS = some.text(max_size=12) | some.sampled_from(
+    (
+        "007",
+        "3.8",
+        "None",
+        "NA",
+        "",
+        '"',
+        'a"b',
+        "a,b",
+        "a\tb",
+        "a\r\nb",
+        "\ufeff",
+        "\u2028",
+        "\x00",
+        "é",
+        "\ud83d",
+        "{",
+        "[",
+    )
+)
+SCALARS = some.none() | some.booleans() | some.integers() | some.floats() | TEXTS
+VALUES = some.recursive(
+    SCALARS,
+    lambda inner: some.lists(inner, max_size=3) | some.dictionaries(NAMES | TEXTS, inner, max_size=3),
+    max_leaves=8,
+)
+RECORDS = some.lists(some.dictionaries(NAMES, VALUES, max_size=4), max_size=4)
+ROWS = some.lists(some.lists(TEXTS, max_size=4), max_size=5)
+
+
+def as_delimited(rows, delimiter: str, quoting: int, ends: str) -> str:
+    stream = io.StringIO()
+    try:
+        csv.writer(stream, delimiter=delimiter, quoting=quoting, lineterminator=ends, escapechar="\\").writerows(rows)
+    except csv.Error:  # one empty cell, unquoted
+        return ""
+    return stream.getvalue()
+
+
+DELIMITED = some.builds(
+    as_delimited,
+    ROWS,
+    some.sampled_from((",", "\t", ";")),
+    some.sampled_from((csv.QUOTE_ALL, csv.QUOTE_MINIMAL, csv.QUOTE_NONE)),
+    some.sampled_from(("\n", "\r\n", "\r")),
+)
+JSON = some.builds(json.dumps, VALUES | RECORDS, ensure_ascii=some.booleans())
+JSON_LINES = some.builds(
+    lambda records, ends: ends.join(map(json.dumps, records)), RECORDS, some.sampled_from(("\n", "\r\n", "\n\n"))
+)
+WRITTEN = some.builds(
+    lambda text, encoding, cut: text.encode(encoding, errors="replace")[: cut or None],
+    DELIMITED | JSON | JSON_LINES | TEXTS,
+    some.sampled_from(ENCODINGS),
+    some.just(0) | some.integers(1, 40),
+)
+CONTENTS = (
+    some.binary(max_size=60) | WRITTEN | WRITTEN.map(gzip.compress) | WRITTEN.map(gzip.compress).map(lambda b: b[:-3])
+)
+
+
+class Arguments:
+    """What the readers of verbs are told besides the file."""
+
+    model = source_column = target_column = group_by = max_inputs = None
+    prefix, batch, criterion = "", 1, None
+
+    def __init__(self, path: str, **told):
+        self.file = self.time_model = path
+        vars(self).update(told)
+
+
+def refused(read, *given) -> bool:
+    """Whether the reader refuses the file, in one line; any other error is the program's fault."""
+    try:
+        read(*given)
+    except Exception as error:
+        if not is_users(error):
+            raise
+        assert one_line(error) and "\n" not in one_line(error)
+        return True
+    return False
+
+
+def try_all_readers(folder, content: bytes, suffix: str) -> None:
+    path = str(folder / f"file{suffix}")
+    with open(path, "wb") as file:
+        file.write(content)
+    for field in (None, "text", "input"):
+        refused(read_records, path, field)
+    refused(read_file, path)
+    for told in ({}, {"group_by": "id"}, {"source_column": "text", "target_column": "text"}):
+        for unique in (True, False):
+            refused(lambda told=told, unique=unique: read_examples(Arguments(path, **told), unique=unique))
+    for read in (read_exits, read_results, Certificate.load):
+        refused(read, path)
+    refused(read_time_model, Arguments(path), None)
+
+
+def read_back(folder, rows: list[list[str]], quoting: int, ends: str, suffix: str) -> None:
+    """A table that the standard library writes has its very cells."""
+    path, delimiter = folder / f"rows{suffix}", "\t" if suffix == ".tsv" else ","
+    stream = io.StringIO()
+    csv.writer(stream, delimiter=delimiter, quoting=quoting, lineterminator=ends).writerows([["mr", "ref"], *rows])
+    path.write_bytes(stream.getvalue().encode())
+    assert read_file(path).records == [{"mr": source, "ref": target} for source, target in rows]
+
+
+def json_back(folder, records: list[dict[str, str]], ensure_ascii: bool) -> None:
+    """As are objects of JSON lines, and of a list."""
+    lines = [json.dumps(record, ensure_ascii=ensure_ascii) for record in records]
+    for suffix, text in ((".jsonl", "\n".join(lines)), (".json", f"[{','.join(lines)}]")):
+        path = folder / f"rows{suffix}"
+        path.write_bytes(text.encode())
+        assert read_file(path).records == records
+
+
+def lines_back(folder, lines: list[str], ends: str) -> None:
+    """And lines of a text."""
+    path = folder / "lines.txt"
+    path.write_bytes(ends.join(lines).encode())
+    assert read_records(str(path), None) == [{"input": line} for line in lines]
+
+
+PROPER = some.text(some.characters(exclude_categories=("Cs",)), max_size=12)
+LINES = PROPER.map(lambda text: text.translate({10: None, 13: None, 0xFEFF: None})).filter(str.strip)
+SUFFIXES = some.sampled_from((*READERS, *(f"{one}.gz" for one in READERS), ".txt", ".txt.gz"))
+TRIALS = {
+    "any file": (try_all_readers, {"content": CONTENTS, "suffix": SUFFIXES}),
+    "delimited": (
+        read_back,
+        {
+            "rows": some.lists(some.tuples(PROPER, PROPER).map(list), min_size=1, max_size=4),
+            "quoting": some.sampled_from((csv.QUOTE_ALL, csv.QUOTE_NONNUMERIC)),
+            "ends": some.sampled_from(("\n", "\r\n", "\r")),
+            "suffix": some.sampled_from((".csv", ".tsv")),
+        },
+    ),
+    "JSON": (
+        json_back,
+        {
+            "records": some.lists(some.dictionaries(NAMES, PROPER, min_size=1), min_size=1, max_size=4),
+            "ensure_ascii": some.booleans(),
+        },
+    ),
+    "text": (lines_back, {"lines": some.lists(LINES, min_size=1), "ends": some.sampled_from(("\n", "\r\n", "\n\n"))}),
+}
+
+
+def fuzz(name: str, folder, examples: int) -> None:
+    trial, given_values = TRIALS[name]
+    how = settings(max_examples=examples, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    how(given(**given_values)(lambda **values: trial(folder, **values)))()
+
+
+@pytest.mark.parametrize("name", TRIALS)
+def test_files_are_read_as_they_are_or_refused_in_one_line(name, tmp_path):
+    fuzz(name, tmp_path, FEW)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TRIALS)
+def test_very_many_files_are_read_as_they_are_or_refused_in_one_line(name, tmp_path):
+    fuzz(name, tmp_path, MANY)
