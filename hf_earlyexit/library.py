@@ -7,11 +7,12 @@ methods that a model class overrides or calls as its parent's are listed in `HOO
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import fields
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, PreTrainedConfig
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import Seq2SeqLMOutput
 from transformers.utils import cached_file
 
@@ -91,6 +92,17 @@ def set_attention_of(config: PreTrainedConfig, implementation: str) -> None:
     `set_attn_implementation` of a model changes all its parts.
     """
     config._attn_implementation = implementation
+
+
+def loads_without(*names: str) -> Callable[[type[PreTrainedModel]], type[PreTrainedModel]]:
+    """Class decorator: weights of these names that a checkpoint has are left out, and no warning says so."""
+
+    def extended(model_class: type[PreTrainedModel]) -> type[PreTrainedModel]:
+        known = model_class._keys_to_ignore_on_load_unexpected or ()
+        model_class._keys_to_ignore_on_load_unexpected = [*known, *names]
+        return model_class
+
+    return extended
 
 
 def keep_generation_settings(config: GenerationConfig) -> None:

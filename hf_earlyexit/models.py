@@ -28,7 +28,14 @@ from hf_earlyexit.generation import EarlyExitGenerationMixin
 from hf_earlyexit.heads import ExitHeads, initialize
 from hf_earlyexit.labelled import LabelledExits
 from hf_earlyexit.layers import decode_step
-from hf_earlyexit.library import CACHE, attention_of, keep_generation_settings, set_attention_of, with_cache_name
+from hf_earlyexit.library import (
+    CACHE,
+    attention_of,
+    keep_generation_settings,
+    loads_without,
+    set_attention_of,
+    with_cache_name,
+)
 from hf_earlyexit.stock import stock_of
 from hf_earlyexit.t5 import T5Decoder
 from hf_earlyexit.t5_compiled import CompiledT5Decoder
@@ -196,18 +203,18 @@ def without_heads(quantization_config):
     return config
 
 
+@loads_without("exit_heads", "lm_head")
 class EarlyExitT5Model(T5Model):
     """The stock `T5Model` of an early-exit checkpoint: no LM head, so no exits, and every layer runs."""
 
     config_class = EarlyExitT5Config
-    _keys_to_ignore_on_load_unexpected = (*T5Model._keys_to_ignore_on_load_unexpected, "exit_heads", "lm_head")
 
 
+@loads_without("exit_heads", "lm_head")
 class EarlyExitT5EncoderModel(T5EncoderModel):
     """The stock `T5EncoderModel` of an early-exit checkpoint."""
 
     config_class = EarlyExitT5Config
-    _keys_to_ignore_on_load_unexpected = (*T5EncoderModel._keys_to_ignore_on_load_unexpected, "exit_heads", "lm_head")
 
 
 AutoConfig.register("early_exit_t5", EarlyExitT5Config)

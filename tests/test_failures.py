@@ -137,7 +137,9 @@ def test_an_interrupt_is_code_130(monkeypatch, capsys):
     assert capsys.readouterr() == ("", "")
 
 
-STARTED = "import sys; from hf_earlyexit.cli import main; print(flush=True); sys.exit(main())"
+# Whoever starts tests in the background may have interrupts ignored, which processes that are started inherit.
+HEEDING = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+STARTED = HEEDING + "import sys; from hf_earlyexit.cli import main; print(flush=True); sys.exit(main())"
 
 
 def test_an_interrupt_of_the_program_is_code_130_without_a_traceback(tmp_path):
