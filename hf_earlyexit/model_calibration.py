@@ -85,7 +85,7 @@ def calibrate_model(
     Raises:
         ValueError: An argument is not legal, an input stands there twice, the calibrate part is too small for the
             target even at zero loss (the message says how many inputs are needed). All before anything is generated;
-            after the select part, that full depth writes the same for every input.
+            after the calibrate part is written, that full depth writes the same for every input.
     """
     calibrator = _Calibrator(model, tokenizer, examples, promise, use or Use(), search or Search(), path)
     return calibrator.run(data_name)
@@ -125,10 +125,11 @@ class _Calibrator:
     def run(self, data_name: str) -> ModelCalibration:
         """All stages."""
         tables = {"select": self._table("select", self.candidates)}
-        self._refuse_degenerate("select")
         costs = self._costs("select", self.candidates)
         chains = self._chains(tables["select"], costs)
         tables["calibrate"] = self._table("calibrate", [one for chain in chains for one in chain])
+        if tables["calibrate"].candidates:
+            self._refuse_degenerate("calibrate")
         tested = [self._test(tables["calibrate"].of(chain), costs) for chain in chains]
         tables["calibrate"] = tables["calibrate"].with_columns(table for table, _ in tested)
         tested = [result for _, result in tested]
