@@ -23,6 +23,7 @@ from hf_earlyexit.cache import EarlyExitCache
 from hf_earlyexit.compiling import CompileOptions
 from hf_earlyexit.graphs import Room, Workspace, WorkspacePool, roomy
 from hf_earlyexit.layers import Answer, stretches
+from hf_earlyexit.plain import is_untouched
 from hf_earlyexit.policies import ExitCriterion, ExitPoint, at_least_float32, needs_no_host
 from hf_earlyexit.rows import Rows
 from hf_earlyexit.running_ahead import RunningAhead
@@ -322,8 +323,7 @@ def refuse_unrecordable(model: nn.Module) -> None:
     """
     for name, module in called_modules(model):
         package = type(module).__module__.partition(".")[0]
-        hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
-        if package not in RECORDABLE or "forward" in vars(module) or hooks or hasattr(module, "_hf_hook"):
+        if package not in RECORDABLE or not is_untouched(module):
             raise ValueError(
                 f'`cache_implementation="static"` records graphs on this device and would not run the Python of '
                 f"`{name}`, a `{type(module).__name__}`: remove its hooks and own code, or leave "

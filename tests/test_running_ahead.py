@@ -16,7 +16,7 @@ def test_it_is_worth_it_until_rows_leave_often():
     assert ahead.is_worth_it(2), "it comes back"
 
 
-def test_one_case_in_five_is_no_reason_to_stop_and_two_in_five_are():
+def test_the_average_follows_the_share_of_cases():
     for lost, expected in ((1, True), (2, False)):
         ahead = RunningAhead()
         for case in range(200):
