@@ -21,15 +21,15 @@ from typing import NoReturn
 import torch
 from datasets import Dataset
 from huggingface_hub import ModelCardData
-from text_pairs import DataArguments, HelpFormatter, check_data, on_hub, read_pairs, tokenize
+from text_pairs import DataArguments, HelpFormatter, check_data, on_hub, read_texts, tokenize
 from torch.utils.data import DataLoader
 from transformers import AutoTokenizer, DataCollatorForSeq2Seq, HfArgumentParser, PreTrainedTokenizerBase
 
 from hf_earlyexit import EarlyExitConfig, EarlyExitT5ForConditionalGeneration
 from hf_earlyexit.config import early_exit_config
-from hf_earlyexit.data import group_by_input
 from hf_earlyexit.extras import require
 from hf_earlyexit.model_card import TrainedExits, make_card
+from hf_earlyexit.seen_inputs import TRAINING
 from hf_earlyexit.shortcuts import (
     KIND,
     ExitWorth,
@@ -71,7 +71,7 @@ def main(argv: list[str] | None = None) -> None:
         check_fit(arguments)
         check_data(data)
         config = shortcut_config(arguments)
-        train_pairs, validation_pairs = read_pairs(data)
+        texts = read_texts(data)
     except (ValueError, OSError, ImportError) as error:  # the user's to mend, and nothing has been done yet
         refuse(parser.prog, error)
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
@@ -79,9 +79,9 @@ def main(argv: list[str] | None = None) -> None:
         arguments.model, early_exit=config, dtype=torch.float32
     ).eval()
     model.to("cuda" if torch.cuda.is_available() else "cpu")
-    train_pairs = chosen(train_pairs, arguments)
-    examples = group_by_input(validation_pairs)[: data.max_validation_inputs]
-    validation_pairs = [(example.source, example.references[0]) for example in examples]
+    train_pairs = chosen(texts.train, arguments)
+    model.record_seen(TRAINING, [*(source for source, _ in train_pairs), *(one.source for one in texts.validation)])
+    validation_pairs = [(example.source, example.references[0]) for example in texts.validation]
     train = batches_of(tokenize(tokenizer, train_pairs, data), tokenizer, arguments.batch_size)
     if arguments.own_texts:
         train = with_full_depth_labels(model, train, max_new_tokens=data.max_target_tokens)
@@ -93,7 +93,8 @@ def main(argv: list[str] | None = None) -> None:
     report = measure_shortcuts(model, validation)
     command = shlex.join(["python", "scripts/fit_shortcuts.py", *argv])
     save(model, tokenizer, arguments, fit, report, command)
-    found = {"rows": len(train_pairs), "inputs": len(examples), "fit": asdict(fit), "held_out": as_json(report)}
+    counts = {"rows": len(train_pairs), "left_out": texts.left_out, "inputs": len(texts.validation)}
+    found = {**counts, "fit": asdict(fit), "held_out": as_json(report)}
     print(json.dumps({"output_dir": arguments.output_dir, "command": command, **found}))
 
 

@@ -31,7 +31,8 @@ def folder(tmp_path_factory) -> Path:
 
 def run(folder: Path, *options: str) -> Ran:
     files = ("--train_file", "train.csv", "--validation_file", "validation.csv", "--model", "plain")
-    return run_script("fit_shortcuts.py", *files, *options, cwd=folder)
+    parts = ("--validation_parts", "explore", "select", "calibrate", "report")
+    return run_script("fit_shortcuts.py", *files, *parts, *options, cwd=folder)
 
 
 @pytest.mark.parametrize("own_texts", (False, True))

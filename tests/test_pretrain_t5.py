@@ -19,6 +19,7 @@ from tests.test_train_exits import articles
 SCRIPT = Path(__file__).parent.parent / "scripts/pretrain_t5.py"
 SHAPE = "--vocab_size 40 --encoder_layers 3 --decoder_layers 3 --d_model 16 --d_ff 24 --num_heads 2"
 QUICK = "--per_device_train_batch_size 4 --learning_rate 1e-2 --report_to none --use_cpu --max_target_tokens 8"
+QUICK += " --validation_parts explore select calibrate report"
 
 
 def run(folder: Path, *options: str, shape: str = SHAPE) -> Ran:
