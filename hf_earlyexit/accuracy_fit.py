@@ -65,13 +65,13 @@ def fit_exit_accuracy(
     refuse_training_mode(model)
     if not examples:
         raise ValueError("`examples` must have at least one input, got none.")
-    read = (partition or Partition()).keep(examples, parts)
     asked = {"exit_criterion": criterion, "exit_threshold": 1.0, "exit_layers": exit_layers}
     settings = ExitSettings.merge(asked, None, None)
     num_layers = model.config.num_decoder_layers
     settings.check_against(model.early_exit, num_layers)
     options = {"generation": dict(generation or {}), "max_source_tokens": max_source_tokens}
     writer = Writer(model, tokenizer, batch_size=batch_size, **options)
+    read = (partition or Partition()).keep(examples, parts)
     model.record_seen(FITTED, (one.source for one in read))
     texts = writer.write(read, full_depth(), "accuracy").texts
     layers = sorted(settings.exit_points(model.early_exit, num_layers))

@@ -16,7 +16,7 @@ from hf_earlyexit import EarlyExitConfig, EarlyExitT5ForConditionalGeneration
 from hf_earlyexit.accuracy_fit import fit_exit_accuracy
 from hf_earlyexit.accuracy_thresholds import WRAPPED, AccuracyTable, ExitAccuracy, fit_accuracy
 from hf_earlyexit.certificate import CertificateWarning
-from hf_earlyexit.data import Example
+from hf_earlyexit.data import Example, short_hash
 from hf_earlyexit.default import default_examples, load_default
 from hf_earlyexit.forced import force
 from hf_earlyexit.model_calibration import Use, calibrate_model
@@ -142,6 +142,7 @@ def test_fitted_on_what_full_depth_writes():
     options = {"generation": {"max_new_tokens": 8}, "least_tokens": 5, "levels": None}
     found = fit_exit_accuracy(model, tokenizer, examples, "max_prob", exit_layers=[2, 6], batch_size=4, **options)
     assert found.criterion == "max_prob" and found.layers == [2, 6]
+    assert model.seen_inputs.by == {"criteria": {short_hash(one) for one in examples}}
     sure, right = {2: [], 6: []}, {2: [], 6: []}
     for example in examples:
         inputs = tokenizer(example.source, return_tensors="pt")

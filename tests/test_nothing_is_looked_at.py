@@ -21,7 +21,7 @@ from hf_earlyexit.cli import build_parser, main
 from hf_earlyexit.default import CHECKPOINT, default_examples, load_default
 from hf_earlyexit.evaluation import evaluate_model
 from hf_earlyexit.grid import Grid
-from hf_earlyexit.partition import OPEN, Partition
+from hf_earlyexit.partition import OPEN, PARTS, Partition
 from hf_earlyexit.writing import Writer
 from tests.parts import drawn
 from tests.scripts import SCRIPTS, run_script
@@ -31,6 +31,7 @@ from tests.tiny import tiny_config
 
 pytest.importorskip("scipy.stats")
 INPUTS = drawn(default_examples(), explore=3, select=3, calibrate=4, report=2)
+CALIBRATE = next(one.source for one in INPUTS if Partition().part_of(one.source) == "calibrate")
 PART_OF = {one.source: Partition().part_of(one.source) for one in INPUTS}
 
 
@@ -156,6 +157,42 @@ def test_what_a_promise_will_be_tested_on_is_not_read(entry, folder):
 @pytest.mark.parametrize("entry", ENTRIES[1:5], ids=lambda entry: entry.__name__)
 def test_other_parts_are_read_when_told(entry, folder):
     reads_what_it_is_told(entry, folder)
+
+
+def read_texts(**options):
+    """Of the training scripts."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(SCRIPTS))
+        from text_pairs import DataArguments, read_texts
+
+        return read_texts(DataArguments(**options))
+
+
+def test_training_rows_that_are_kept_for_tests_are_left_out_and_counted(folder, capsys):
+    given = {"train_file": str(folder / "train.csv"), "validation_file": str(folder / "validation.csv")}
+    texts = read_texts(**given)
+    assert texts.left_out == 6 and len(texts.train) == 7 and len(texts.validation) == 6
+    assert {PART_OF.get(source, "select") for source in texts.sources} == {*OPEN}
+    assert "6 of 13 training rows are left out: their inputs are validation inputs outside" in capsys.readouterr().err
+    assert read_texts(**given, validation_parts=list(PARTS)).left_out == 0 and not capsys.readouterr().err
+    assert len(read_texts(**given, max_validation_inputs=2).validation) == 2
+    with pytest.raises(ValueError, match="All training inputs are validation inputs of parts that are not read"):
+        kept = write(folder / "kept.csv", [{"text": CALIBRATE, "summary": "a"}])
+        read_texts(**given | {"train_file": kept})
+    with pytest.raises(ValueError, match="--shares must be 4 numbers"):
+        read_texts(**given, shares=[0.5, 0.5])
+    with pytest.raises(ValueError, match="`parts` must name some of"):
+        read_texts(**given, validation_parts=["test"])
+
+
+def test_groups_stay_together(tmp_path):
+    """An input is read or not with all of its group."""
+    rows = [{"text": f"input {number}", "summary": "a", "topic": f"topic {number // 3}"} for number in range(60)]
+    write(tmp_path / "validation.csv", rows)
+    write(tmp_path / "train.csv", [{"text": "other", "summary": "a", "topic": "x"}])
+    files = {name: str(tmp_path / f"{name.removesuffix('_file')}.csv") for name in ("train_file", "validation_file")}
+    read = read_texts(**files, group_by="topic").validation
+    assert read and all(sum(one.unit == other.unit for other in read) == 3 for one in read)
 
 
 def test_no_entry_point_is_missing():

@@ -57,6 +57,8 @@ def test_a_plain_t5_of_texts(folder):
     options = "--output_dir further --max_steps 1 --start_from straight --denoising_words 3 --scaled_steps"
     further = run(folder, *options.split(), shape="")
     assert further.returncode == 0, further.stderr[-3000:]
+    seen = [EarlyExitT5ForConditionalGeneration.from_pretrained(folder / name) for name in ("straight", "further")]
+    assert seen[0].seen_inputs == seen[1].seen_inputs and seen[0].seen_inputs.by["training"]
     assert AutoTokenizer.from_pretrained(folder / "further").get_vocab() == tokenizer.get_vocab()
     weights = AutoModelForSeq2SeqLM.from_pretrained(folder / "further").state_dict()
     changes = [((weights[name] - weight).norm() / weight.norm()).item() for name, weight in model.state_dict().items()]
