@@ -1,0 +1,79 @@
+"""Which inputs a model, its exits or a criterion were fitted on, as hashes in a file beside the checkpoint.
+
+What has been fitted on an input proves nothing by doing well on it, so tests of a promise refuse these inputs.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from hf_earlyexit.data import Example, hash_of_input, short_hash
+
+
+FILE = "exit_seen_inputs.json"
+IN_CONFIG = "exit_seen_inputs"  # in a model's config: the name of the file, so that the Hub is asked for no other
+FORMAT = 1
+TRAINING, CRITERIA = "training", "criteria"
+
+
+@dataclass(frozen=True)
+class SeenInputs:
+    """Hashes of inputs.
+
+    Attributes:
+        by: What was fitted on them: `"training"` of the model or its exits, or `"criteria"`.
+    """
+
+    by: Mapping[str, frozenset[str]] = field(default_factory=dict)
+
+    def __bool__(self) -> bool:
+        return any(self.by.values())
+
+    def plus(self, by: str, sources: Iterable[str]) -> SeenInputs:
+        """These and other inputs, with the prefix that the model reads."""
+        return SeenInputs({**self.by, by: self.by.get(by, frozenset()) | {hash_of_input(one) for one in sources}})
+
+    def refuse(self, examples: Iterable[Example], what: str) -> None:
+        """Refuse to test on inputs that something was fitted on.
+
+        Args:
+            examples: Inputs of the test.
+            what: They are, for the message.
+
+        Raises:
+            ValueError: It says how many.
+        """
+        hashes = {short_hash(one) for one in examples}
+        found = {by: len(hashes & known) for by, known in self.by.items() if hashes & known}
+        if found:
+            counts = ", ".join(f"{count} by {by}" for by, count in found.items())
+            raise ValueError(
+                f"The checkpoint has seen inputs of {what} before ({counts}, of {len(hashes)}), so they cannot show "
+                "what holds for new ones: give inputs that neither training nor a fitted criterion has read, or train "
+                "and fit without these parts, under the same salt and shares."
+            )
+
+    def save(self, folder: str | Path) -> None:
+        """Write the file into a folder."""
+        values = {"format": FORMAT, "by": {by: sorted(known) for by, known in self.by.items()}}
+        (Path(folder) / FILE).write_text(json.dumps(values) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | Path) -> SeenInputs:
+        """Read the file.
+
+        Raises:
+            OSError: It cannot be read.
+            ValueError: It is no such file, or of a newer format.
+        """
+        try:
+            values = json.loads(Path(path).read_text(encoding="utf-8"))
+            found, by = values["format"], {name: frozenset(known) for name, known in values["by"].items()}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path} does not list seen inputs: a JSON object with `by` is expected.") from error
+        if found != FORMAT:
+            raise ValueError(f"{path} has format {found!r}, known is {FORMAT}: install a newer hf_earlyexit.")
+        return cls(by)
