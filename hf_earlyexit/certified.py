@@ -195,21 +195,9 @@ class CertifiedMixin:
             self.seen_inputs.save(folder)
 
     def _load_seen_inputs(self, path: str | os.PathLike, hub: dict[str, Any]) -> None:
-        """Read what was recorded, from where the model comes from, if its config says that there is such a file.
-
-        Raises:
-            ValueError: The file is not there, or is no such file: without it tests might be on what was seen.
-        """
-        name = getattr(self.config, IN_CONFIG, None)
-        if name is None:
-            return
-        file = file_if_there(path, name, **{key: hub[key] for key in HUB_ARGUMENTS if key in hub})
-        if file is None:
-            raise ValueError(
-                f"The config of {str(path)!r} says that {name} lists the inputs that were trained on, and the file is "
-                f"not there: put it back, or remove {IN_CONFIG!r} from the config."
-            )
-        self.seen_inputs = SeenInputs.load(file)
+        """Read what was recorded, from where the model comes from."""
+        options = {key: hub[key] for key in HUB_ARGUMENTS if key in hub}
+        self.seen_inputs = SeenInputs.of_model(path, self.config, **options)
 
     def _load_certificate(self, path: str | os.PathLike, as_stored: bool, hub: dict[str, Any]) -> None:
         """Read the certificate that `generation_config` names, from where the model comes from.

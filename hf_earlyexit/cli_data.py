@@ -37,7 +37,10 @@ def add_data_arguments(parser) -> None:
 def add_partition_arguments(parser) -> None:
     """How inputs are split."""
     parser.add_argument(
-        "--salt", metavar="TEXT", help="of the hash that splits inputs; the same in all commands (hf_earlyexit)"
+        "--salt",
+        type=text_of,
+        metavar="TEXT",
+        help="of the hash that splits inputs; the same in all commands (hf_earlyexit)",
     )
     parser.add_argument(
         "--shares",

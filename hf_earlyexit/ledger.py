@@ -9,11 +9,14 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from hf_earlyexit.data import Example, short_hash
+from hf_earlyexit.json_text import decode
+from hf_earlyexit.output_files import write_text
+from hf_earlyexit.tables import read_json_lines
 
 
 FILE = "exit_certificates.jsonl"
@@ -71,17 +74,21 @@ class Ledger:
         text = "".join(json.dumps(asdict(one)) + "\n" for one in self.attempts)
         for folder in self.folders:
             if folder.is_dir() and text:
-                (folder / FILE).write_text(text, encoding="utf-8")
+                write_text(folder / FILE, text)
 
     def _add(self, attempts: Iterable[Attempt]) -> None:
         self.attempts = list(dict.fromkeys([*self.attempts, *attempts]))
 
 
 def _read(path: Path) -> list[Attempt]:
-    try:
-        return [Attempt(**json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{path} is no ledger of certificates: move it away.") from error
+    table = read_json_lines(decode(path.read_bytes(), str(path)), str(path))
+    names = {one.name for one in fields(Attempt)}
+    for row, record in enumerate(table.records):
+        if set(record) != names or not all(isinstance(value, str) for value in record.values()):
+            raise ValueError(
+                f"{table.where(row)}: a ledger of certificates has {sorted(names)}, each a text: move the file away."
+            )
+    return [Attempt(**record) for record in table.records]
 
 
 def _hash(values: Any) -> str:

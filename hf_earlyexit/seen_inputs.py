@@ -9,8 +9,14 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedConfig
 
 from hf_earlyexit.data import Example, hash_of_input, short_hash
+from hf_earlyexit.json_text import read_json
+from hf_earlyexit.library import file_if_there
+from hf_earlyexit.output_files import write_text
 
 
 FILE = "exit_seen_inputs.json"
@@ -59,7 +65,7 @@ class SeenInputs:
     def save(self, folder: str | Path) -> None:
         """Write the file into a folder."""
         values = {"format": FORMAT, "by": {by: sorted(known) for by, known in self.by.items()}}
-        (Path(folder) / FILE).write_text(json.dumps(values) + "\n", encoding="utf-8")
+        write_text(Path(folder) / FILE, json.dumps(values) + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> SeenInputs:
@@ -69,11 +75,41 @@ class SeenInputs:
             OSError: It cannot be read.
             ValueError: It is no such file, or of a newer format.
         """
-        try:
-            values = json.loads(Path(path).read_text(encoding="utf-8"))
-            found, by = values["format"], {name: frozenset(known) for name, known in values["by"].items()}
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{path} does not list seen inputs: a JSON object with `by` is expected.") from error
-        if found != FORMAT:
-            raise ValueError(f"{path} has format {found!r}, known is {FORMAT}: install a newer hf_earlyexit.")
-        return cls(by)
+        values = read_json(path)
+        if not isinstance(values, dict) or not {"format", "by"} <= set(values):
+            raise ValueError(f"{path} does not list seen inputs: a JSON object with `format` and `by` is expected.")
+        if values["format"] != FORMAT:
+            raise ValueError(
+                f"{path} has format {values['format']!r}, known is {FORMAT}: install a newer hf_earlyexit."
+            )
+        by = values["by"]
+        if not isinstance(by, dict) or not all(map(_are_hashes, by.values())):
+            raise ValueError(f"{path} does not list seen inputs: `by` must be an object of lists of hashes.")
+        return cls({name: frozenset(known) for name, known in by.items()})
+
+    @classmethod
+    def of_model(cls, path: str | Path, config: PreTrainedConfig, **hub: Any) -> SeenInputs:
+        """What was recorded with a model, if its config says that there is such a file.
+
+        Args:
+            path: Where the model is: a folder or a Hub id.
+            config: Of the model.
+            hub: Keywords of `from_pretrained` about the Hub.
+
+        Raises:
+            ValueError: The file is not there, or is no such file: without it tests might be on what was seen.
+        """
+        name = getattr(config, IN_CONFIG, None)
+        if name is None:
+            return cls()
+        file = file_if_there(path, name, **hub)
+        if file is None:
+            raise ValueError(
+                f"The config of {str(path)!r} says that {name} lists the inputs that were trained on, and the file is "
+                f"not there: put it back, or remove {IN_CONFIG!r} from the config."
+            )
+        return cls.load(file)
+
+
+def _are_hashes(values: Any) -> bool:
+    return isinstance(values, list) and all(isinstance(value, str) for value in values)

@@ -102,13 +102,14 @@ def main(argv: list[str] | None = None) -> None:
         with refusals(parser.prog), reading(run.start_from, "the model"):
             model = T5ForConditionalGeneration.from_pretrained(run.start_from, dtype=torch.float32)
             tokenizer = load_tokenizer(run.start_from, model.config)
+            seen = SeenInputs.of_model(run.start_from, model.config)
     else:
         with training.main_process_first(desc="the tokenizer"):
             tokenizer = known_tokenizer(folder) if run.resume or not training.should_save else None
             if tokenizer is None:
                 tokenizer = train_tokenizer((text for pair in texts.train for text in pair), shape.vocab_size)
                 tokenizer.save_pretrained(folder)
-        model = T5ForConditionalGeneration(config_of(shape, tokenizer))
+        model, seen = T5ForConditionalGeneration(config_of(shape, tokenizer)), SeenInputs()
     train_pairs, examples = list(texts.train), texts.validation
     if run.denoising_words is not None:
         train_pairs += list(denoising_pairs(train_pairs, data.prefix, run.denoising_words, training.seed))
@@ -130,14 +131,10 @@ def main(argv: list[str] | None = None) -> None:
     metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
     metrics |= {"validation_inputs": len(examples), **trainer.evaluate()}
     trainer.save_state()
-    before = None if run.start_from is None else Path(run.start_from) / SEEN_FILE
-    seen = SeenInputs.load(before) if before is not None and before.is_file() else SeenInputs()
-    seen = seen.plus(TRAINING, texts.sources)
     setattr(model.config, IN_CONFIG, SEEN_FILE)
     trainer.save_model()
     if trainer.is_world_process_zero():
-        seen.save(folder)
-    if trainer.is_world_process_zero():
+        seen.plus(TRAINING, texts.sources).save(folder)
         command = shlex.join(["python", "scripts/pretrain_t5.py", *argv])
         card(trainer, metrics, data, run, command).save(folder / "README.md")
         print(json.dumps({"output_dir": str(folder), "command": command, "metrics": metrics}))

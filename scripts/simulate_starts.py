@@ -17,9 +17,7 @@ other inputs.
 from __future__ import annotations
 
 import argparse
-import csv
-import gzip
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,7 +25,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hf_earlyexit.bounds import p_values_of
+from hf_earlyexit.cli_arguments import positive
+from hf_earlyexit.failures import reading, refusals
 from hf_earlyexit.fixed_sequence import rejected
+from hf_earlyexit.tables import read_file
 
 
 TARGET, DELTA = 0.1, 0.1
@@ -89,15 +90,15 @@ def simulated(order: str, draws: int, inputs: int, starts: int) -> Found:
 
 def recorded(path: Path) -> dict[str, NDArray]:
     """`[inputs, settings]` of each loss in a file, the first word of a column; signed ones rescaled to [0, 1]."""
-    opened = gzip.open if path.suffix == ".gz" else open
-    with opened(path, "rt", newline="") as file:
-        header, *rows = csv.reader(file)
-    values = np.array(rows, dtype=object)
-    names = dict.fromkeys(name.split(" ")[0] for name in header if " " in name)
+    rows = read_file(path)
+    names = dict.fromkeys(column.split(" ")[0] for column in rows.column_names if " " in column)
+    if not names:
+        raise ValueError(f"{path} has no column `LOSS SETTING`; there are {rows.column_names}")
     found = {}
     for name in names:
-        columns = [place for place, one in enumerate(header) if one.startswith(f"{name} ")]
-        table = values[:, columns].astype(float)
+        columns = [rows[column] for column in rows.column_names if column.startswith(f"{name} ")]
+        with reading(path, f"the losses {name!r}"):
+            table = np.array(columns, dtype=float).T
         found[name] = (table + 1) / 2 if table.min() < 0 else table
     return found
 
@@ -115,14 +116,18 @@ def of_population(table: NDArray, draws: int, inputs: int, select: int, starts: 
     return simulate(draw, draws, starts)
 
 
-def lines(arguments: argparse.Namespace) -> Iterator[str]:
-    """Of the table, in Markdown."""
+def lines(arguments: argparse.Namespace, populations: Mapping[str, NDArray]) -> Iterator[str]:
+    """Of the table, in Markdown.
+
+    Args:
+        populations: Recorded losses by name.
+    """
     yield "| order of the risks | starts | failures | something | cost |"
     yield "| --- | --- | --- | --- | --- |"
     for order in ORDERS:
         for starts in STARTS:
             yield line(order, starts, simulated(order, arguments.draws, arguments.inputs, starts))
-    for name, table in recorded(arguments.losses).items() if arguments.losses else ():
+    for name, table in populations.items():
         for starts in STARTS:
             found = of_population(table, arguments.draws, arguments.inputs, arguments.select, starts)
             yield line(f"recorded `{name}`, in the order of {arguments.select} others", starts, found)
@@ -136,11 +141,16 @@ def line(order: str, starts: int, found: Found) -> str:
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--draws", type=int, default=1000, metavar="N", help="of calibration inputs (1000)")
-    parser.add_argument("--inputs", type=int, default=219, metavar="N", help="of each draw (219)")
-    parser.add_argument("--select", type=int, default=109, metavar="N", help="other inputs that give the order (109)")
+    parser.add_argument("--draws", type=positive, default=1000, metavar="N", help="of calibration inputs (1000)")
+    parser.add_argument("--inputs", type=positive, default=219, metavar="N", help="of each draw (219)")
+    parser.add_argument(
+        "--select", type=positive, default=109, metavar="N", help="other inputs that give the order (109)"
+    )
     parser.add_argument("--losses", type=Path, metavar="FILE", help="recorded losses")
-    for one in lines(parser.parse_args()):
+    arguments = parser.parse_args()
+    with refusals(parser.prog):
+        populations = recorded(arguments.losses) if arguments.losses else {}
+    for one in lines(arguments, populations):
         print(one, flush=True)
 
 

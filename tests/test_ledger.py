@@ -63,8 +63,11 @@ def test_a_file_that_is_missing_or_none_is_refused(tmp_path):
     assert getattr(model.config, IN_CONFIG) == SEEN
     model.save_pretrained(tmp_path)
     for text, message in (
-        ("{", "does not list seen inputs"),
+        ("{", f"{SEEN}: not JSON"),
         ("[]", "does not list seen inputs"),
+        ('{"format": 1, "by": []}', "does not list seen inputs"),
+        ('{"format": 1, "by": {"training": "abcd"}}', "must be an object of lists of hashes"),
+        ('{"format": 1, "by": {"training": [[]]}}', "must be an object of lists of hashes"),
         ('{"format": 2, "by": {}}', "has format 2, known is 1"),
     ):
         (tmp_path / SEEN).write_text(text)
@@ -99,6 +102,7 @@ def test_what_was_seen_is_not_tested_on(monkeypatch):
     what_was_seen_is_not_tested_on()
 
 
+@pytest.mark.once
 def test_the_law_notices(monkeypatch):
     class Written(Exception):
         pass
@@ -145,9 +149,14 @@ def test_folders_tell_each_other(tmp_path):
     assert (out / LEDGER).read_text() == (source / LEDGER).read_text() and len(Ledger(out).attempts) == 2
     Ledger(out).add(attempts[2])
     assert Ledger(source, out).attempts == attempts
-    (source / LEDGER).write_text("nothing")
-    with pytest.raises(ValueError, match="is no ledger of certificates"):
-        Ledger(source)
+    for text, message in (
+        ("nothing", "line 1: not JSON"),
+        ('{"inputs": "a"}', "line 1: a ledger of certificates has .*: move the file away"),
+        ('{"inputs": ["a"], "salt": "b", "question": "c"}', "line 1: a ledger of certificates has"),
+    ):
+        (source / LEDGER).write_text(text)
+        with pytest.raises(ValueError, match=message):
+            Ledger(source)
 
 
 def attempts_are_counted(tmp_path) -> None:
@@ -166,10 +175,12 @@ def attempts_are_counted(tmp_path) -> None:
     assert "On the same calibration inputs an earlier certificate was tested, which the confidence does" in text
 
 
+@pytest.mark.once
 def test_attempts_are_counted(tmp_path):
     attempts_are_counted(tmp_path)
 
 
+@pytest.mark.once
 def test_the_count_of_attempts_is_missed(tmp_path, monkeypatch):
     monkeypatch.setattr(model_calibration.Attempt, "earlier", lambda self, attempts: 0)
     with pytest.raises(AssertionError):

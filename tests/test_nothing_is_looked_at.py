@@ -217,6 +217,7 @@ def keeps_the_last_ones(monkeypatch) -> None:
     monkeypatch.setattr(Partition, "keep", lambda self, examples, parts=OPEN: list(examples)[-6:])
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     "mutation, entry",
     [
