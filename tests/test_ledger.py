@@ -29,7 +29,7 @@ from tests.tiny import tiny_pair
 
 SETTING = {"exit_criterion": "softmax", "exit_threshold": 0.5}
 SEARCH = Search(curves={"softmax:2,4": [0.9, 0.5]}, order="threshold", cost="layers")
-USE = Use(generation={"max_new_tokens": 4})
+USE = Use(generation={"max_new_tokens": 8})  # fewer tokens, and the two of the select part are the same text
 
 
 def examples() -> list[Example]:
