@@ -14,8 +14,10 @@ from hf_earlyexit.accuracy_thresholds import LEAST_TOKENS, LEVELS, WRAPPED, Exit
 from hf_earlyexit.candidates import full_depth
 from hf_earlyexit.data import Example
 from hf_earlyexit.forced import force
+from hf_earlyexit.partition import OPEN, Partition
 from hf_earlyexit.policies import CRITERIA
 from hf_earlyexit.refusals import refuse_training_mode
+from hf_earlyexit.seen_inputs import CRITERIA as FITTED
 from hf_earlyexit.settings import ExitSettings
 from hf_earlyexit.writing import Writer
 
@@ -32,6 +34,8 @@ def fit_exit_accuracy(
     batch_size: int = 8,
     least_tokens: int = LEAST_TOKENS,
     levels: int | None = LEVELS,
+    parts: Sequence[str] = OPEN,
+    partition: Partition | None = None,
 ) -> ExitAccuracy:
     """Fit the tables of an `ExitAccuracy`.
 
@@ -40,15 +44,17 @@ def fit_exit_accuracy(
     are where tokens have left.
 
     Args:
-        model: In eval mode.
+        model: In eval mode. The inputs that are read are recorded with it (`record_seen`).
         tokenizer: Of the model.
-        examples: The inputs; references are not looked at. None that a certificate is to be tested on.
+        examples: The inputs; references are not looked at. Those of other parts than `parts` are not read.
         criterion: Which confidence the tables are of; a name in `CRITERIA` but `"fixed"`.
         exit_layers: The exit points that will be asked; all of the model if None.
         generation: Keywords of `generate`, such as `max_new_tokens`.
         max_source_tokens: Longer inputs are cut; None: never.
         batch_size: Inputs at once.
         least_tokens, levels: As for `fit_accuracy`.
+        parts: Of the partition, which inputs are read. No certificate of the criterion can be tested on them.
+        partition: The default one if None.
 
     Raises:
         ValueError: The criterion or an exit layer is none of the model's, there is no input, too few tokens, or the
@@ -65,9 +71,11 @@ def fit_exit_accuracy(
     settings.check_against(model.early_exit, num_layers)
     options = {"generation": dict(generation or {}), "max_source_tokens": max_source_tokens}
     writer = Writer(model, tokenizer, batch_size=batch_size, **options)
-    texts = writer.write(examples, full_depth(), "accuracy").texts
+    read = (partition or Partition()).keep(examples, parts)
+    model.record_seen(FITTED, (one.source for one in read))
+    texts = writer.write(read, full_depth(), "accuracy").texts
     layers = sorted(settings.exit_points(model.early_exit, num_layers))
-    forced = force(writer, examples, texts, {criterion: CRITERIA[criterion]()}, layers)
+    forced = force(writer, read, texts, {criterion: CRITERIA[criterion]()}, layers)
     sure, right = (
         {layer: values.double().numpy()[:, column] for column, layer in enumerate(forced.layers)}
         for values in (forced.confidences[criterion], forced.agrees)

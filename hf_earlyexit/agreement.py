@@ -98,9 +98,9 @@ def writers_on(
 
 
 def with_worst(table: LossTable, agreement: Agreement) -> LossTable:
-    """A table whose first columns are those of the agreement."""
+    """A table in which the columns of the agreement are its own."""
     losses = table.losses.copy()
-    losses[:, : agreement.losses.losses.shape[1]] = agreement.losses.losses
+    losses[:, [table.names.index(name) for name in agreement.losses.names]] = agreement.losses.losses
     return replace(table, losses=losses)
 
 
@@ -192,6 +192,8 @@ def _asked(certificate: Certificate, inputs: Sequence[Example]) -> dict[str, Any
 def _check(certificate: Certificate, model, loss: Loss, has_inputs: bool) -> None:
     if not certificate.certified or certificate.generation["batch_size"] is not None or certificate.unit != "input":
         raise ValueError("Implementations can be added to certificates of single inputs only: calibrate with them.")
+    if certificate.search.get("starts", 1) > 1:
+        raise ValueError("Implementations cannot be added where tests had several starts: calibrate with them.")
     if weights_fingerprint(model) != certificate.weights:
         raise ValueError("The weights are not the certified ones.")
     if loss.name != certificate.loss["name"]:

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from hf_earlyexit.bounds import BOUNDS, FROM_TOTALS, betting, p_values_of, upper_bounds_of
+from hf_earlyexit.fixed_sequence import rejected
 
 
 METHODS = ("ltt", "ucb", "crc")
@@ -28,8 +29,9 @@ class Calibration:
 
     Attributes:
         index: The chosen column; None: none is good enough, never exit.
-        accepted: How many columns, counted from the most conservative, keep the guarantee. All of them do at once, so
-            any of them may be used in place of the chosen one.
+        accepted: How many columns keep the guarantee.
+        columns: Which ones: with one start the first `accepted`. All of them keep it at once, so any of them may be
+            used in place of the chosen one.
         means: Of each column, the mean loss seen.
         upper_bounds: Of each column, by itself: its risk is at most this with probability `1 - delta`. For `"crc"`
             what the target is compared with, (n mean + loss_upper) / (n + 1), which bounds no single column's risk.
@@ -41,10 +43,12 @@ class Calibration:
         bound: A name in `BOUNDS`; None for `"crc"`, which uses none.
         loss_lower: No loss is below.
         loss_upper: No loss is above.
+        starts: Where the walk began.
     """
 
     index: int | None
     accepted: int
+    columns: tuple[int, ...]
     means: tuple[float, ...]
     upper_bounds: tuple[float, ...]
     p_values: tuple[float, ...] | None
@@ -55,6 +59,7 @@ class Calibration:
     bound: str | None
     loss_lower: float
     loss_upper: float
+    starts: int = 1
 
 
 def calibrate(
@@ -67,6 +72,7 @@ def calibrate(
     bound: str = "wsr",
     loss_lower: float = 0.0,
     loss_upper: float = 1.0,
+    starts: int = 1,
 ) -> Calibration:
     """Choose the cheapest column whose risk, the mean loss over inputs to come, is shown to be at most `target`.
 
@@ -94,21 +100,25 @@ def calibrate(
         loss_lower: 0, or less for signed losses. They are rescaled to [0, 1]. `"wsr"` loses little by it; `"hb"` and
             `"hoeffding"` pay for the width of the range, and with them losses clipped at 0 (CALM's) mostly do better.
         loss_upper: The largest loss there can be, not the largest seen.
+        starts: With `"ltt"`, from how many columns the walk begins, spread evenly, each with its share of delta, which
+            is handed on (see `fixed_sequence.rejected`). One is best where the order is right; more find something
+            where an early column fails and later ones would not.
 
     Raises:
         ValueError: Something is not as said above, or n is too small for the target even at zero loss.
         ImportError: The bound needs scipy.
     """
-    asked = _Asked(target, delta, method, bound, loss_lower, loss_upper)
+    asked = _Asked(target, delta, method, bound, loss_lower, loss_upper, starts)
     table = _read_losses(losses, asked)
     prices = _read_costs(costs, columns=table.shape[1])
     asked.check_enough(len(table))
     decide = _decide_by_expectation if method == "crc" else _decide_with_confidence
     passed, upper_bounds, p_values = decide(table, asked)
-    accepted = count_accepted(passed)
+    columns = _accepted(passed, p_values, asked)
     return Calibration(
-        index=int(prices[:accepted].argmin()) if accepted else None,
-        accepted=accepted,
+        index=min(columns, key=prices.__getitem__, default=None),
+        accepted=len(columns),
+        columns=columns,
         means=tuple(table.mean(axis=0).tolist()),
         upper_bounds=tuple(upper_bounds.tolist()),
         p_values=None if p_values is None else tuple(p_values.tolist()),
@@ -125,6 +135,7 @@ def inputs_needed(
     bound: str = "wsr",
     loss_lower: float = 0.0,
     loss_upper: float = 1.0,
+    starts: int = 1,
 ) -> int:
     """The fewest inputs with which `calibrate`, asked so, accepts a column that never loses anything.
 
@@ -133,7 +144,7 @@ def inputs_needed(
     Raises:
         ValueError: As `calibrate`.
     """
-    return _Asked(target, delta, method, bound, loss_lower, loss_upper).inputs_needed()
+    return _Asked(target, delta, method, bound, loss_lower, loss_upper, starts).inputs_needed()
 
 
 def are_enough(
@@ -145,6 +156,7 @@ def are_enough(
     bound: str = "wsr",
     loss_lower: float = 0.0,
     loss_upper: float = 1.0,
+    starts: int = 1,
 ) -> bool:
     """Whether `calibrate`, asked so, accepts a column of that many inputs that never loses anything.
 
@@ -153,7 +165,7 @@ def are_enough(
     Raises:
         ValueError: As `calibrate`.
     """
-    return _Asked(target, delta, method, bound, loss_lower, loss_upper).is_enough(inputs)
+    return _Asked(target, delta, method, bound, loss_lower, loss_upper, starts).is_enough(inputs)
 
 
 def split_delta(delta: float, calibrations: int) -> float:
@@ -166,13 +178,19 @@ def split_delta(delta: float, calibrations: int) -> float:
         ValueError: `delta` is not between 0 and 1, or `calibrations` is not a number of at least 1.
     """
     _check_between("delta", delta, 0, 1)
-    if not isinstance(calibrations, int) or isinstance(calibrations, bool) or calibrations < 1:
-        raise ValueError(f"`calibrations` must be a whole number of at least 1, got {calibrations!r}.")
+    _check_count("calibrations", calibrations)
     return delta / calibrations
 
 
+def _accepted(passed: NDArray, p_values: NDArray | None, asked: _Asked) -> tuple[int, ...]:
+    """The columns that keep the guarantee together."""
+    if asked.method == "ltt":
+        return rejected(p_values.tolist(), asked.delta, asked.starts)
+    return tuple(range(count_accepted(passed)))
+
+
 def count_accepted(passed: NDArray) -> int:
-    """How many pass before the first that does not (fixed-sequence testing: each is tested at the full delta)."""
+    """How many pass before the first that does not."""
     return int(np.logical_and.accumulate(passed).sum())
 
 
@@ -186,9 +204,13 @@ class _Asked:
     bound: str
     loss_lower: float
     loss_upper: float
+    starts: int = 1
 
     def __post_init__(self):
         _check_name("method", self.method, METHODS)
+        _check_count("starts", self.starts)
+        if self.starts > 1 and self.method != "ltt":
+            raise ValueError(f"`starts={self.starts}` goes with `method='ltt'`, which tests, not {self.method!r}.")
         _check_name("bound", self.bound, BOUNDS)
         _check_between("delta", self.delta, 0, 1)
         self._check_range()
@@ -243,8 +265,13 @@ class _Asked:
             return self.loss_upper / (n + 1) <= self.target
         zero, target = self.to_unit(0.0), self.to_unit(self.target)
         if self.bound == "wsr":
-            return bool(betting(np.full((n, 1), zero), target, self.delta)[0] <= self.delta)
-        return bool(FROM_TOTALS[self.bound](n * zero, n, target) <= self.delta)
+            return bool(betting(np.full((n, 1), zero), target, self.level)[0] <= self.level)
+        return bool(FROM_TOTALS[self.bound](n * zero, n, target) <= self.level)
+
+    @property
+    def level(self) -> float:
+        """At which each start is tested."""
+        return self.delta / self.starts
 
     def inputs_needed(self) -> int:
         enough = 1
@@ -266,7 +293,7 @@ def _decide_with_confidence(table: NDArray, asked: _Asked) -> tuple[NDArray, NDA
     # A table may come sorted, by length or by source, and `betting` is not valid in an order that tells of losses.
     order = np.random.default_rng(SHUFFLE_SEED).permutation(len(table))
     losses, target = asked.to_unit(table[order]), asked.to_unit(asked.target)
-    p_values = np.asarray(p_values_of(losses, target, bound=asked.bound, delta=asked.delta))
+    p_values = np.asarray(p_values_of(losses, target, bound=asked.bound, delta=asked.level))
     upper_bounds = upper_bounds_of(losses, bound=asked.bound, delta=asked.delta)
     passed = p_values <= asked.delta if asked.method == "ltt" else upper_bounds <= target
     return passed, asked.from_unit(upper_bounds), p_values
@@ -321,6 +348,11 @@ def _check_name(argument: str, name: Any, known: tuple[str, ...]) -> None:
 def _check_between(argument: str, value: Any, low: float, high: float) -> None:
     if not _is_number(value) or not low < value < high:
         raise ValueError(f"`{argument}` must be a number above {low} and below {high}, got {value!r}.")
+
+
+def _check_count(argument: str, value: Any) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"`{argument}` must be a whole number of at least 1, got {value!r}.")
 
 
 def _is_number(value: Any) -> bool:

@@ -32,7 +32,7 @@ FILE = "exit_certificate.json"
 FORMAT = 1
 LONGEST_SHOWN = 200  # characters of a value in a message
 # What files of before these fields were known say by leaving them out: the least.
-LEFT_OUT = {"implementations", "agreement"}
+LEFT_OUT = {"implementations", "agreement", "partition", "attempts"}
 # Objects of a certificate, and what in them a model is held against.
 SHAPE = {
     "setting": set(),
@@ -76,11 +76,11 @@ class Certificate:
         unit: "input", or what else a loss is one of: "group of inputs", "batch of 8 inputs".
         risk: Of the setting on these: `mean`, `upper_bound`, `p_value`, `cost`; None if nothing is certified.
         cost: What the cheapest setting was chosen by, measured on the select part: `name` and `unit`.
-        search: `order` of the tests, `curves`, the number that shares `delta`, and `candidates`, how many settings
-            were looked at on the select part.
+        search: `order` of the tests, `curves`, the number that shares `delta`, `starts` of each chain (1 where it is
+            not said), and `candidates`, how many settings were looked at on the select part.
         table: Every setting that was tested, in the order of the tests: `name`, `curve`, `threshold`, `mean`,
             `upper_bound`, `p_value`, `cost`, `accepted`.
-        split: `counts` of inputs, and short `hashes` of each, by part: select, calibrate, report.
+        split: `counts` of inputs, and short `hashes` of each, by part (see `partition`).
         data: `name` and `fingerprint` of the inputs and references; `max_source_tokens`, where longer ones were cut.
         weights: Their fingerprint.
         generation: What a call must not change: exits, decoding, batch rule, dtype.
@@ -92,6 +92,9 @@ class Certificate:
             measured, and those that were agreed with.
         agreement: By way that was agreed with: `texts` compared on the calibrate part, those `different`, and the
             `batch_size`. Losses in `table` are the largest over all ways, of the settings that passed with the first.
+        partition: `salt` and `shares` of the parts; None for certificates of before there was a salt.
+        attempts: How many earlier certificates were tested on the same calibrate part, as far as the journal or the
+            ledger of the checkpoint's folder knows; None if neither was kept.
     """
 
     certified: bool
@@ -119,6 +122,8 @@ class Certificate:
     format: int = FORMAT
     implementations: list[str] = field(default_factory=lambda: [PLAIN])
     agreement: dict[str, dict[str, int]] = field(default_factory=dict)
+    partition: dict[str, Any] | None = None
+    attempts: int | None = None
 
     @property
     def decoding(self) -> dict[str, Any]:
@@ -134,8 +139,8 @@ class Certificate:
         return tuple(sorted(found, reverse=True)) if own is not None else ()
 
     def unseen(self, examples: Iterable[Example]) -> list[Example]:
-        """Those that the setting was neither chosen nor tested on."""
-        known = {*self.split["hashes"]["select"], *self.split["hashes"]["calibrate"]}
+        """Those that the setting was neither chosen nor tested on, and that were not kept for looking around."""
+        known = {one for part, hashes in self.split["hashes"].items() if part != "report" for one in hashes}
         return [example for example in examples if short_hash(example) not in known]
 
     def save(self, folder: str | Path) -> Path:
@@ -182,7 +187,18 @@ class Certificate:
             else f"In expectation {drawn} and one to come"
         )
         cost = f"it costs {self.risk['cost']:.2f} {self.cost['unit']}, measured on the select part"
-        return f"{sure}, {loss}. On these it was {self.risk['mean']:.4g}; {cost}.{self._reported()}"
+        found = f"{sure}, {loss}. On these it was {self.risk['mean']:.4g}; {cost}.{self._reported()}"
+        return found + self._of_the_inputs()
+
+    def _of_the_inputs(self) -> str:
+        """What weakens the promise that the numbers do not tell."""
+        found = ""
+        if self.partition is None:
+            found += " The inputs were split without a salt, so what was looked at before may be among them."
+        if self.attempts:
+            times = "an earlier certificate was" if self.attempts == 1 else f"{self.attempts} earlier ones were"
+            found += f" On the same calibration inputs {times} tested, which the confidence does not count."
+        return found
 
     def _reported(self) -> str:
         if self.report is None:

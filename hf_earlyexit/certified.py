@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -18,6 +18,8 @@ from hf_earlyexit.certificate import FILE, Certificate, CertificateWarning, call
 from hf_earlyexit.fingerprint import weights_fingerprint, weights_marks
 from hf_earlyexit.implementations import implementation_of
 from hf_earlyexit.library import file_if_there
+from hf_earlyexit.seen_inputs import FILE as SEEN_FILE
+from hf_earlyexit.seen_inputs import IN_CONFIG, SeenInputs
 from hf_earlyexit.settings import CERTIFICATE, ExitSettings
 
 
@@ -44,9 +46,11 @@ class CertifiedMixin:
 
     Attributes:
         exit_certificate: What is promised of the texts; None if nothing is.
+        seen_inputs: What the model and its criteria were fitted on, as far as that was recorded; saved with it.
     """
 
     exit_certificate: Certificate | None = None
+    seen_inputs: SeenInputs = SeenInputs()
     # Marks of the weights, whether they are the certified ones, and whether they were read to say so.
     _known_weights: tuple[Any, bool, bool] | None = None
 
@@ -62,6 +66,17 @@ class CertifiedMixin:
         if strict is not None:
             self.generation_config.strict_certificate = strict
         self.exit_certificate = certificate
+
+    def record_seen(self, by: str, sources: Iterable[str]) -> None:
+        """Record inputs that something was fitted on, so that no promise is tested on them.
+
+        Args:
+            by: `"training"` or `"criteria"`.
+            sources: The inputs as the model reads them, with their prefix.
+        """
+        self.seen_inputs = self.seen_inputs.plus(by, sources)
+        if self.seen_inputs:
+            setattr(self.config, IN_CONFIG, SEEN_FILE)
 
     def _forget_certificate(self) -> None:
         for name in (*ExitSettings.names(), CERTIFICATE):
@@ -158,7 +173,7 @@ class CertifiedMixin:
             saved = self._without_certificate()
         super(CertifiedMixin, saved).save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
         if is_main_process:
-            saved._save_certificate(save_directory)
+            saved._save_beside(save_directory)
 
     def _without_certificate(self) -> Any:
         """A copy that shares all weights and keeps the settings; other threads go on with the model as it is."""
@@ -170,12 +185,19 @@ class CertifiedMixin:
 
     def _upload_modified_files(self, working_dir: str | os.PathLike, *args, **kwargs):
         """`save_pretrained(push_to_hub=True)` uploads before it returns."""
-        self._save_certificate(working_dir)
+        self._save_beside(working_dir)
         return super()._upload_modified_files(working_dir, *args, **kwargs)
 
-    def _save_certificate(self, folder: str | os.PathLike) -> None:
+    def _save_beside(self, folder: str | os.PathLike) -> None:
         if self.exit_certificate is not None:
             self.exit_certificate.save(folder)
+        if self.seen_inputs:
+            self.seen_inputs.save(folder)
+
+    def _load_seen_inputs(self, path: str | os.PathLike, hub: dict[str, Any]) -> None:
+        """Read what was recorded, from where the model comes from."""
+        options = {key: hub[key] for key in HUB_ARGUMENTS if key in hub}
+        self.seen_inputs = SeenInputs.of_model(path, self.config, **options)
 
     def _load_certificate(self, path: str | os.PathLike, as_stored: bool, hub: dict[str, Any]) -> None:
         """Read the certificate that `generation_config` names, from where the model comes from.

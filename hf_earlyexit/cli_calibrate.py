@@ -22,15 +22,16 @@ from hf_earlyexit.cli_arguments import (
     positive,
     schedule,
 )
-from hf_earlyexit.cli_data import add_data_arguments, data_name, read_examples
+from hf_earlyexit.cli_data import add_data_arguments, add_partition_arguments, data_name, partition_of, read_examples
 from hf_earlyexit.json_text import read_json
 from hf_earlyexit.output_files import refuse_folder_of_model, refuse_overwriting
 
 
 CALIBRATE = """\
 Find the fastest setting of a model whose quality loss on inputs to come is shown to be at most a target, and save the
-checkpoint with that setting and its certificate. Inputs are split in three: the first part says what is tested and in
-which order, on the second it is tested, on the third the result is reported. Where nothing passes it is full depth.
+checkpoint with that setting and its certificate. Inputs are split by a hash: the select part says what is tested and
+in which order, on the calibrate part it is tested, on the report part the result is reported; the explore part is for
+looking around before. Where nothing passes it is full depth.
 """
 CALIBRATE_EXAMPLE = """\
 example:
@@ -57,7 +58,9 @@ LEFT_BEHIND = ("checkpoint-*", "training_args.bin", "trainer_state.json", "*.pt"
 def add_calibrate_arguments(parser: argparse.ArgumentParser) -> None:
     """What `calibrate` takes."""
     add_model_arguments(parser.add_argument_group("model"))
-    add_data_arguments(parser.add_argument_group("inputs"))
+    inputs = parser.add_argument_group("inputs")
+    add_data_arguments(inputs)
+    add_partition_arguments(inputs)
     add_promise_arguments(parser.add_argument_group("promise"))
     add_use_arguments(parser.add_argument_group("use, all of which the promise is about"))
     add_search_arguments(parser.add_argument_group("search"))
@@ -105,11 +108,11 @@ def add_search_arguments(group) -> None:
     group.add_argument(
         "--finalists", type=positive, default=1, metavar="N", help="with threshold: curves that are tested (1)"
     )
+    group.add_argument(
+        "--starts", type=positive, default=1, metavar="N", help="settings that tests begin from, which share delta (1)"
+    )
     group.add_argument("--cost", choices=("time", "layers"), default="time", help="what is to be low (time)")
     group.add_argument("--rounds", type=positive, default=31, metavar="N", help="batches to time each setting on (31)")
-    group.add_argument(
-        "--shares", type=float, nargs=3, default=(0.2, 0.4, 0.4), metavar="X", help="of the three parts (0.2 0.4 0.4)"
-    )
 
 
 def calibrate(arguments: argparse.Namespace) -> int:
@@ -122,9 +125,10 @@ def calibrate(arguments: argparse.Namespace) -> int:
     refuse_overwriting(outputs, [arguments.file, model_path(arguments)])
     refuse_folder_of_model("--output-dir", arguments.output_dir, [model_path(arguments)])
     check_device(arguments.device)
+    from hf_earlyexit.ledger import Ledger
     from hf_earlyexit.model_calibration import Use, calibrate_model
     from hf_earlyexit.promise import Promise
-    from hf_earlyexit.search import PARTS, Search
+    from hf_earlyexit.search import Search
 
     promise = Promise(arguments.target, arguments.loss, arguments.delta, arguments.method, arguments.bound)
     cut, ways = arguments.max_source_tokens, arguments.implementations
@@ -133,21 +137,30 @@ def calibrate(arguments: argparse.Namespace) -> int:
         curves_of(arguments.curve),
         arguments.order,
         arguments.finalists,
+        arguments.starts,
         arguments.cost,
         arguments.rounds,
-        dict(zip(PARTS, arguments.shares, strict=True)),
+        partition=partition_of(arguments),
     )
-    examples = read_examples(arguments, unique=True)
+    examples = read_examples(arguments, search.partition, unique=True)
     model, tokenizer = load(arguments)
-    found = calibrate_model(
-        model, tokenizer, examples, promise, use, search, path=journal, data_name=data_name(arguments)
-    )
+    ledger = Ledger(*ledger_folders(arguments))
+    named = {"path": journal, "data_name": data_name(arguments)}
+    found = calibrate_model(model, tokenizer, examples, promise, use, search, **named, ledger=ledger)
     save(model, tokenizer, found.certificate, arguments)
+    ledger.write()
     if arguments.losses:
         found.tables["calibrate"].save(arguments.losses)
     print(describe(found.certificate))
     print(f"\nSaved: {arguments.output_dir} (the checkpoint, its setting and its certificate)")
     return 0
+
+
+def ledger_folders(arguments: argparse.Namespace) -> list[str]:
+    """Where earlier certificates are counted: the folder that is written, and the model's, if that may be written to.
+    The package's own stays as it is."""
+    own = arguments.model if arguments.model and Path(arguments.model).is_dir() else None
+    return [*([own] if own and os.access(own, os.W_OK) else []), arguments.output_dir]
 
 
 def exits_of(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -213,9 +226,10 @@ def verify(arguments: argparse.Namespace) -> int:
     refuse_overwriting({"--journal": arguments.journal}, [arguments.file, model_path(arguments)])
     check_device(arguments.device)
     from hf_earlyexit.losses import LOSSES
+    from hf_earlyexit.partition import Partition
     from hf_earlyexit.verification import verify_certificate
 
-    examples = read_examples(arguments, unique=True)
+    examples = read_examples(arguments, Partition(), unique=True)
     model, tokenizer = load(arguments)
     if model.exit_certificate is None:
         raise ValueError(f"{model_path(arguments)} has no certificate: make one with `hf-earlyexit calibrate`")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,6 +12,10 @@ from hf_earlyexit.cli_arguments import positive, text_of
 
 if TYPE_CHECKING:
     from hf_earlyexit.data import Example
+    from hf_earlyexit.partition import Partition
+
+
+PART_NAMES = ("explore", "select", "calibrate", "report")  # as in `partition.py`, which a parser need not import
 
 
 def add_data_arguments(parser) -> None:
@@ -29,29 +34,74 @@ def add_data_arguments(parser) -> None:
     )
 
 
-def read_examples(arguments: argparse.Namespace, *, unique: bool) -> list[Example]:
-    """The distinct inputs that the arguments name.
+def add_partition_arguments(parser) -> None:
+    """How inputs are split."""
+    parser.add_argument(
+        "--salt",
+        type=text_of,
+        metavar="TEXT",
+        help="of the hash that splits inputs; the same in all commands (hf_earlyexit)",
+    )
+    parser.add_argument(
+        "--shares",
+        type=float,
+        nargs=4,
+        metavar="X",
+        help=f"of the parts {', '.join(PART_NAMES)}; the same in all commands (0.1 0.2 0.4 0.3)",
+    )
+
+
+def add_part_argument(parser) -> None:
+    """Which parts are read."""
+    parser.add_argument(
+        "--part",
+        nargs="+",
+        choices=PART_NAMES,
+        default=("explore", "select"),
+        help="the parts that are read (explore select); what is chosen by others cannot be tested on them",
+    )
+
+
+def partition_of(arguments: argparse.Namespace) -> Partition:
+    """The partition that was asked for."""
+    from hf_earlyexit.partition import PARTS, SALT, SHARES, Partition
+
+    salt = SALT if arguments.salt is None else arguments.salt
+    return Partition(salt, dict(zip(PARTS, arguments.shares or SHARES, strict=True)))
+
+
+def read_examples(
+    arguments: argparse.Namespace, partition: Partition, *, unique: bool, parts: Sequence[str] | None = None
+) -> list[Example]:
+    """The distinct inputs that the arguments name, in random order.
 
     Args:
+        partition: Says which inputs are in which part.
+        parts: Those that are read; None: all inputs.
         unique: Whether rows that repeat an input are refused, unless `--group-by` says what belongs together. Else
             they are one input with several references.
 
     Raises:
         ValueError: There is no such column, a model but no file, or an input is repeated.
     """
+    examples = _all_examples(arguments, unique)
+    kept = examples if parts is None else partition.keep(examples, parts)
+    return partition.in_order(kept, arguments.max_inputs)
+
+
+def _all_examples(arguments: argparse.Namespace, unique: bool) -> list[Example]:
     from hf_earlyexit import data
     from hf_earlyexit.default import default_examples
 
     if arguments.file is None:
         _refuse_without_file(arguments)
-        return data.in_random_order(default_examples(), arguments.max_inputs)
+        return default_examples()
     rows = data.read_file(arguments.file)
     source, target = data.text_columns(rows.column_names, arguments.source_column, arguments.target_column)
     if unique or arguments.group_by is not None:
         options = {"prefix": arguments.prefix, "group_by": arguments.group_by}
-        return data.in_random_order(data.read_examples(rows, source, target, **options), arguments.max_inputs)
-    pairs = data.column_pairs(rows, source, target, prefix=arguments.prefix)
-    return data.in_random_order(data.group_by_input(pairs), arguments.max_inputs)
+        return data.read_examples(rows, source, target, **options)
+    return data.group_by_input(data.column_pairs(rows, source, target, prefix=arguments.prefix))
 
 
 def _refuse_without_file(arguments: argparse.Namespace) -> None:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from hf_earlyexit import terminal
 from hf_earlyexit.cli_arguments import (
@@ -21,12 +21,15 @@ from hf_earlyexit.cli_arguments import (
     positive,
     source_cut,
 )
-from hf_earlyexit.cli_data import add_data_arguments, data_name, read_examples
+from hf_earlyexit.cli_data import (
+    add_data_arguments,
+    add_part_argument,
+    add_partition_arguments,
+    data_name,
+    partition_of,
+    read_examples,
+)
 from hf_earlyexit.output_files import refuse_overwriting, write_text
-
-
-if TYPE_CHECKING:
-    from hf_earlyexit.data import Example
 
 
 EVALUATE = """\
@@ -61,7 +64,8 @@ def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser.add_argument_group("model"))
     inputs = parser.add_argument_group("inputs")
     add_data_arguments(inputs)
-    inputs.add_argument("--unseen", action="store_true", help="only what the model's certificate has not seen")
+    add_part_argument(inputs)
+    add_partition_arguments(inputs)
     text = parser.add_argument_group("generation")
     text.add_argument("--max-new-tokens", type=positive, metavar="N", help="tokens per text at most (the model's)")
     text.add_argument(
@@ -90,9 +94,9 @@ def evaluate(arguments: argparse.Namespace) -> int:
     from hf_earlyexit.grid import Grid
 
     grid = Grid(curves, arguments.batch_sizes, arguments.batch_rules, arguments.rounds, arguments.points)
-    examples = read_examples(arguments, unique=False)
+    partition = partition_of(arguments)
+    examples = read_examples(arguments, partition, unique=False, parts=arguments.part)
     model, tokenizer = load(arguments)
-    examples = unseen_of(model, examples) if arguments.unseen else examples
     results = evaluate_model(
         model,
         tokenizer,
@@ -102,29 +106,21 @@ def evaluate(arguments: argparse.Namespace) -> int:
         max_source_tokens=source_cut(arguments, model),
         path=journal_of(arguments),
         data_name=data_name(arguments),
+        parts=arguments.part,
+        partition=partition,
     )
     write_text(arguments.output, json.dumps(results) + "\n")
     print(table_of(results))
     print(oracle_of(results))
     print(f"\nSee it: hf-earlyexit report {arguments.output}")
     files = {"output": arguments.output, "journal": journal_of(arguments)}
-    print(json.dumps({**files, "cells": len(results["cells"]), "inputs": len(examples)}))
+    print(json.dumps({**files, "cells": len(results["cells"]), "inputs": results["inputs"]["count"]}))
     return 0
 
 
 def journal_of(arguments: argparse.Namespace) -> str:
     """Where the journal is."""
     return arguments.journal or f"{arguments.output}.journal"
-
-
-def unseen_of(model, examples: Sequence[Example]) -> list[Example]:
-    """The inputs that the model's certificate was neither chosen nor tested on."""
-    if model.exit_certificate is None:
-        raise ValueError("--unseen needs a model with a certificate: make one with `hf-earlyexit calibrate`")
-    found = model.exit_certificate.unseen(examples)
-    if not found:
-        raise ValueError("--unseen: the model's certificate has seen all of these inputs")
-    return found
 
 
 def table_of(results: Mapping[str, Any]) -> str:

@@ -9,7 +9,8 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from hf_earlyexit import speed_tables
-from hf_earlyexit.cli_arguments import Verb, check_device, check_file, load_model, model_path, positive
+from hf_earlyexit.cli_arguments import Verb, check_device, check_file, load_model, model_path, positive, text_of
+from hf_earlyexit.cli_data import add_part_argument, add_partition_arguments, partition_of
 from hf_earlyexit.failures import reading
 from hf_earlyexit.json_text import read_json
 from hf_earlyexit.output_files import refuse_overwriting, write_text
@@ -265,6 +266,10 @@ def add_tune_arguments(parser: argparse.ArgumentParser) -> None:
     add_speed_arguments(parser)
     parser.add_argument("--batch-exit", choices=("row", "batch"), default="row", help="who leaves together (row)")
     parser.add_argument("--time-model", metavar="FILE", help="take times from what --json-out wrote: measure nothing")
+    recorded = parser.add_argument_group("recorded exits, where --exits says of which inputs they are")
+    recorded.add_argument("--prefix", type=text_of, default="", metavar="TEXT", help="that was put before each input")
+    add_part_argument(recorded)
+    add_partition_arguments(recorded)
 
 
 def tune(arguments: argparse.Namespace) -> int:
@@ -276,7 +281,12 @@ def tune(arguments: argparse.Namespace) -> int:
     from hf_earlyexit.recorded_exits import read_exits
     from hf_earlyexit.tuning import tune
 
-    recorded = read_exits(arguments.exits or CHECKPOINT / "exits.json")
+    partition = partition_of(arguments)
+
+    def reads(text: str) -> bool:
+        return partition.part_of(arguments.prefix + text) in arguments.part
+
+    recorded = read_exits(arguments.exits or CHECKPOINT / "exits.json", reads=reads)
     model = prepared_if_asked(arguments, load_model(arguments))
     walked, criterion = exits_to_walk(arguments, recorded, model)
     check_criterion(criterion, model)

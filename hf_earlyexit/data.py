@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, groupby
 from typing import TYPE_CHECKING
 
 from hf_earlyexit.tables import Table, read_file
@@ -26,11 +25,10 @@ __all__ = [
     "column_pairs",
     "data_fingerprint",
     "group_by_input",
-    "in_random_order",
+    "hash_of_input",
     "read_examples",
     "read_file",
     "short_hash",
-    "split_by_unit",
     "text_columns",
 ]
 
@@ -151,43 +149,14 @@ def _refuse_duplicates(sources: Sequence[str]) -> Sequence[str]:
     return [""] * len(sources)
 
 
-def split_by_unit(examples: Sequence[Example], shares: Mapping[str, float]) -> dict[str, list[Example]]:
-    """Parts of these shares of the units, the same for the same inputs in whatever order; no unit is in two parts."""
-    units = sorted({example.unit for example in examples}, key=_digest)
-    ends = [int(share * len(units) + 1e-9) for share in accumulate(shares.values())]
-    part_of = {
-        unit: name for name, start, end in zip(shares, [0, *ends], ends, strict=False) for unit in units[start:end]
-    }
-    parts: dict[str, list[Example]] = {name: [] for name in shares}
-    for example in sorted(examples, key=lambda example: (_digest(example.unit), _digest(example.source))):
-        if example.unit in part_of:
-            parts[part_of[example.unit]].append(example)
-    return parts
-
-
-def in_random_order(examples: Sequence[Example], at_most: int | None = None) -> list[Example]:
-    """The inputs by the hash of their units, which has nothing to do with how a file is sorted; the same in every run.
-
-    Args:
-        examples: In whatever order.
-        at_most: How many; units are taken whole.
-    """
-    ordered, taken = split_by_unit(examples, {"all": 1.0})["all"], []
-    for _, members in groupby(ordered, key=lambda example: example.unit):
-        unit = list(members)
-        if at_most is not None and len(taken) + len(unit) > at_most:
-            break
-        taken += unit
-    return taken
-
-
-def _digest(text: str) -> bytes:
-    return hashlib.sha256(text.encode()).digest()
-
-
 def short_hash(example: Example) -> str:
     """The input as 16 hexadecimal digits, to tell whether it has been seen without keeping it."""
-    return _digest(example.source).hex()[:16]
+    return hash_of_input(example.source)
+
+
+def hash_of_input(source: str) -> str:
+    """The same of an input's text."""
+    return hashlib.sha256(source.encode()).hexdigest()[:16]
 
 
 def data_fingerprint(examples: Iterable[Example]) -> str:

@@ -23,9 +23,9 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from hf_earlyexit import latency
 from hf_earlyexit.candidates import FULL_DEPTH, STATIC, Candidate, full_depth
-from hf_earlyexit.certificate import versions
+from hf_earlyexit.certificate import Certificate, versions
 from hf_earlyexit.certified import uncertified
-from hf_earlyexit.data import Example, data_fingerprint, in_random_order
+from hf_earlyexit.data import Example, data_fingerprint
 from hf_earlyexit.extras import require
 from hf_earlyexit.fingerprint import tokenizer_fingerprint, weights_fingerprint
 from hf_earlyexit.forced import force
@@ -37,6 +37,7 @@ from hf_earlyexit.machine import environment, load
 from hf_earlyexit.metrics import Bleu, exact_match, rouge_scores, textual_consistency
 from hf_earlyexit.models import EarlyExitT5ForConditionalGeneration
 from hf_earlyexit.oracle_curves import oracle_values
+from hf_earlyexit.partition import OPEN, Partition
 from hf_earlyexit.policies import CRITERIA
 from hf_earlyexit.refusals import refuse_training_mode
 from hf_earlyexit.reliability import reliability
@@ -62,18 +63,24 @@ def evaluate_model(
     max_source_tokens: int | None = None,
     path: str | Path | None = None,
     data_name: str = "",
+    parts: Sequence[str] = OPEN,
+    partition: Partition | None = None,
 ) -> dict[str, Any]:
     """Evaluate every cell of a grid.
 
     Args:
         model: In eval mode; left as it is. Its certificate, if any, goes into the results.
         tokenizer: Of the model.
-        examples: Distinct inputs with references.
+        examples: Distinct inputs with references. Those of other parts than `parts` are not read.
         grid: What is evaluated.
         generation: Keywords of `generate` besides the exits, over the model's generation_config. No sampling.
         max_source_tokens: Longer inputs are cut; None: never.
         path: A journal: a run that was cut off goes on from it, cell by cell.
         data_name: For the results.
+        parts: Of the partition, which inputs are read. A setting that is chosen by these results cannot be tested on
+            them, so that is what may be looked at. Of the report part, what the model's certificate was chosen or
+            tested on is left out.
+        partition: The default one if None.
 
     Returns:
         Plain values: `quality` by key, `cells`, `reliability`, `oracle`, `examples`, `certificate`, and what was
@@ -84,9 +91,11 @@ def evaluate_model(
         ImportError: scipy, which comes with the extra `calibrate`, is not installed.
         All before anything is generated.
     """
-    evaluation = _Evaluation(
-        model, tokenizer, examples, grid or Grid(), generation, max_source_tokens, path, data_name
-    )
+    partition = partition or Partition()
+    _refuse_unjudgeable(examples)
+    read = inputs_to_read(examples, parts, partition, model.exit_certificate)
+    evaluation = _Evaluation(model, tokenizer, read, grid or Grid(), generation, max_source_tokens, path, data_name)
+    evaluation.asked |= {"parts": [*parts], "partition": partition.described()}
     with one_thread():
         return evaluation.run()
 
@@ -97,10 +106,9 @@ class _Evaluation:
     def __init__(self, model, tokenizer, examples, grid: Grid, generation, max_source_tokens, path, data_name: str):
         require("scipy.stats", "calibrate")  # here too, so that it does not come out after hours of generating
         refuse_training_mode(model)
-        _refuse_unjudgeable(examples)
         self.tokenizer, self.started = tokenizer, date.today().isoformat()
         self.certificate = model.exit_certificate
-        self.model, self.examples, self.grid = uncertified(model), in_random_order(examples), grid
+        self.model, self.examples, self.grid = uncertified(model), list(examples), grid
         self.candidates = grid.candidates(model)
         _refuse_larger(grid.batch_sizes, len(self.examples))
         self.asked = {
@@ -247,6 +255,24 @@ class _Evaluation:
     def _examples(self, shown: Mapping[str, Any], full: Sequence[Text]) -> list[dict[str, Any]]:
         few = self.examples[:SHOWN]
         return heat_map(self.writer, self._stock(None), few, full[:SHOWN], shown["name"], shown["keywords"])
+
+
+def inputs_to_read(
+    examples: Sequence[Example], parts: Sequence[str], partition: Partition, certificate: Certificate | None
+) -> list[Example]:
+    """The inputs of some parts. Of the report part, those that a certificate has not seen.
+
+    Raises:
+        ValueError: None is left.
+    """
+    kept = partition.keep(examples, parts)
+    if certificate is None:
+        return kept
+    unseen = {one.source for one in certificate.unseen(kept)}
+    left = [one for one in kept if one.source in unseen or partition.part_of(one.unit) != "report"]
+    if not left:
+        raise ValueError(f"The model's certificate has seen all {len(kept)} inputs of the report part: give others.")
+    return left
 
 
 def _refuse_unjudgeable(examples: Sequence[Example]) -> None:

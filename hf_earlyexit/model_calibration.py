@@ -1,14 +1,14 @@
 """Answers for which setting of a model keeps a promise about quality: from inputs to a certificate.
 
-Inputs are split in three by a hash: on the first part it is chosen what to test and in which order, on the second that
-is tested, on the third the result is reported as it is. What a table of losses proves is `calibration.py`; how one is
-made, `loss_table.py`.
+Inputs are split by a salted hash (`partition.py`): on the select part it is chosen what to test and in which order, on
+the calibrate part that is tested, on the report part the result is reported as it is. What a table of losses proves is
+`calibration.py`; how one is made, `loss_table.py`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -20,12 +20,13 @@ from hf_earlyexit.calibration import Calibration
 from hf_earlyexit.candidates import Candidate, full_depth
 from hf_earlyexit.certificate import Certificate, versions
 from hf_earlyexit.certified import uncertified
-from hf_earlyexit.data import Example, data_fingerprint, short_hash, split_by_unit
+from hf_earlyexit.data import Example, data_fingerprint, short_hash
 from hf_earlyexit.extras import require
 from hf_earlyexit.fingerprint import tokenizer_fingerprint, weights_fingerprint
 from hf_earlyexit.implementations import PLAIN, PREPARED
 from hf_earlyexit.intervals import mean_interval
 from hf_earlyexit.journal import Journal
+from hf_earlyexit.ledger import Attempt, Ledger
 from hf_earlyexit.loss_table import LossTable, record_losses, times_beside_stock
 from hf_earlyexit.models import EarlyExitT5ForConditionalGeneration
 from hf_earlyexit.promise import Promise, refuse_degenerate, units_of
@@ -38,6 +39,7 @@ from hf_earlyexit.writing import Writer
 
 
 NONE_SAFE = "no setting was shown to keep the target"
+ATTEMPT = "certificate "  # keys of the journal for certificates that were made
 NONE_FASTER = "no setting that was shown to keep the target costs less than full depth"
 
 
@@ -64,6 +66,7 @@ def calibrate_model(
     *,
     path: str | Path | None = None,
     data_name: str = "",
+    ledger: Ledger | None = None,
 ) -> ModelCalibration:
     """Find the cheapest setting that is shown to keep a promise.
 
@@ -77,6 +80,8 @@ def calibrate_model(
         search: Where a setting is looked for.
         path: A journal: a run that was cut off goes on from it.
         data_name: For the certificate.
+        ledger: Of the folders that the checkpoint is in, which is told of this certificate. What it and the journal
+            know of earlier ones on the same calibrate part is counted in the certificate.
 
     Returns:
         The certificate. Its setting is full depth if nothing was shown to be good enough, or nothing that was is
@@ -84,11 +89,12 @@ def calibrate_model(
 
     Raises:
         ValueError: An argument is not legal, an input stands there twice, the calibrate part is too small for the
-            target even at zero loss (the message says how many inputs are needed). All before anything is generated;
-            after the calibrate part is written, that full depth writes the same for every input.
+            target even at zero loss (the message says how many inputs are needed), or the checkpoint's training or a
+            criterion of it has seen inputs of the calibrate or report part. All before anything is generated; after
+            the calibrate part is written, that full depth writes the same for every input.
     """
     calibrator = _Calibrator(model, tokenizer, examples, promise, use or Use(), search or Search(), path)
-    return calibrator.run(data_name)
+    return calibrator.run(data_name, ledger)
 
 
 class _Calibrator:
@@ -102,10 +108,11 @@ class _Calibrator:
         self.candidates = search.candidates(model, use.exits)
         self.finalists = min(search.finalists, len(curves_of(self.candidates)))
         _refuse_repeated(examples)
-        self.parts = split_by_unit(examples, search.shares)
+        self.parts = search.partition.split(examples)
+        model.seen_inputs.refuse([*self.parts["calibrate"], *self.parts["report"]], "the calibrate and report parts")
         self.conditions = self._check_use(self.candidates[0])
         self._check_parts()
-        promise.check(self.parts, self._units("calibrate"), self.finalists)
+        promise.check(self.parts, self._units("calibrate"), self.finalists, search.starts)
         measured = PREPARED if self.model.has_fresh_copy() else PLAIN
         self.implementations = list(use.implementations or [measured])
         self.journal = Journal(path, self._asked(examples))
@@ -122,7 +129,7 @@ class _Calibrator:
         self.others = writers_on(self.model, others, use.rows_per_batch or use.batch_size, like)
         self.agreement: dict[str, dict[str, int]] = {}
 
-    def run(self, data_name: str) -> ModelCalibration:
+    def run(self, data_name: str, ledger: Ledger | None) -> ModelCalibration:
         """All stages."""
         tables = {"select": self._table("select", self.candidates)}
         costs = self._costs("select", self.candidates)
@@ -138,7 +145,9 @@ class _Calibrator:
             tables["report"] = self._table("report", [chosen])
         rows = [row for chain, result in zip(chains, tested, strict=True) for row in _rows(chain, result, costs)]
         report = self._report(tables["report"], chosen) if "report" in tables else None
-        return ModelCalibration(self._certificate(chosen, reason, rows, report, data_name), tables)
+        certificate = self._certificate(chosen, reason, rows, report, data_name)
+        attempts = self._attempts_before(ledger, [[one.name for one in chain] for chain in chains])
+        return ModelCalibration(replace(certificate, attempts=attempts), tables)
 
     # --- checks -----------------------------------------------------------------------------------------------------
 
@@ -147,8 +156,8 @@ class _Calibrator:
         sizes = {name: len(part) for name, part in self.parts.items()}
         if not self._units("select") or (sizes["report"] and not self._units("report")):
             raise ValueError(
-                f"A part has not one unit: of {sizes} inputs, `shares` {dict(self.search.shares)}. Give more "
-                "inputs, or other shares."
+                f"A part has not one unit: of {sizes} inputs, {self.search.partition}. Give more inputs, or other "
+                "shares."
             )
 
     def _units(self, part: str) -> int:
@@ -193,7 +202,7 @@ class _Calibrator:
             "versions": versions(),
             "weights": weights_fingerprint(self.model),
             "inputs": data_fingerprint(examples),
-            "shares": dict(self.search.shares),
+            "partition": self.search.partition.described(),
             "exits": dict(self.use.exits),
             "max_source_tokens": self.use.max_source_tokens,
             "writing_batch_size": self.use.rows_per_batch or self.search.writing_batch_size,
@@ -241,11 +250,11 @@ class _Calibrator:
 
     def _test(self, table: LossTable, costs: Mapping[str, float]) -> tuple[LossTable, Calibration]:
         """A chain's losses and what they show: where settings pass, over all ways to run the decoder."""
-        asked = ([costs[name] for name in table.names], self.finalists)
+        asked = ([costs[name] for name in table.names], self.finalists, self.search.starts)
         result = self.promise.calibrate(table.losses, *asked)
         if not self.others or not result.accepted:
             return table, result
-        passing, rows = table.of(table.candidates[: result.accepted]), self.use.rows_per_batch
+        passing, rows = table.of([table.candidates[place] for place in result.columns]), self.use.rows_per_batch
         inputs, loss = self.parts["calibrate"], self.promise.loss
         found = agree(passing, self.writer, self.others, inputs, loss, "calibrate", rows)
         for name, counts in found.counts.items():
@@ -304,6 +313,7 @@ class _Calibrator:
                 "order": self.search.order,
                 "curves": self.finalists,
                 "candidates": len(self.candidates),
+                "starts": self.search.starts,
             },
             table=rows,
             split={
@@ -322,7 +332,25 @@ class _Calibrator:
             report=report,
             implementations=self.implementations,
             agreement=self.agreement,
+            partition=self.search.partition.described(),
         )
+
+    def _attempts_before(self, ledger: Ledger | None, tested: list[list[str]]) -> int | None:
+        """How many earlier certificates rest on the same calibrate part; this one is kept where they are."""
+        question = {
+            "promise": {**self.promise.described(), **self.promise.recorded()},
+            "tested": tested,
+            "implementations": self.implementations,
+            "asked": self.journal.asked,
+        }
+        this = Attempt.on(self.parts["calibrate"], self.search.partition.salt, question)
+        known = [Attempt(**values) for key, values in self.journal.entries.items() if key.startswith(ATTEMPT)]
+        known = list(dict.fromkeys([*(ledger.attempts if ledger else []), *known]))
+        if (key := f"{ATTEMPT}{this.question}") not in self.journal:
+            self.journal.add(key, asdict(this))
+        if ledger is not None:
+            ledger.add(this)
+        return None if ledger is None and self.journal.path is None else this.earlier(known)
 
     def _examples(self) -> list[Example]:
         return [one for part in self.parts.values() for one in part]
@@ -360,7 +388,7 @@ def _rows(chain: Sequence[Candidate], result: Calibration, costs: Mapping[str, f
             "upper_bound": upper_bound,
             "p_value": p_value,
             "cost": costs[one.name],
-            "accepted": place < result.accepted,
+            "accepted": place in result.columns,
         }
         for place, (one, mean, upper_bound, p_value) in enumerate(numbers)
     ]

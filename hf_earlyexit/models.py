@@ -133,6 +133,7 @@ class EarlyExitT5ForConditionalGeneration(EarlyExitGenerationMixin, T5ForConditi
         if any(name.startswith("classifiers.") for name in missing):
             model.config.early_exit["classifier"]["trained"] = False
         keep_generation_settings(model.generation_config)
+        model._load_seen_inputs(pretrained_model_name_or_path, kwargs)
         model._load_certificate(pretrained_model_name_or_path, as_stored and not missing, kwargs)
         return (model, info) if output_loading_info else model
 
@@ -142,6 +143,8 @@ class EarlyExitT5ForConditionalGeneration(EarlyExitGenerationMixin, T5ForConditi
         For whatever knows stock T5 only, such as CTranslate2's converter. The tokenizer is to be saved beside it.
         """
         stock_of(self).save_pretrained(save_directory)
+        if self.seen_inputs:
+            self.seen_inputs.save(save_directory)
 
     def exit_head_input(self, layer: int, hidden: torch.Tensor) -> torch.Tensor:
         """What the LM head sees of `hidden [..., hidden]`, the output of block `layer`, when a token leaves there."""

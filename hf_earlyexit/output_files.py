@@ -20,7 +20,8 @@ PARTIAL = ".partial"
 OF_A_MODEL = (
     *("*config*.json", "*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.pt", "*.pth"),
     *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges*", "*.model", "*.py"),
-    *("exit_certificate.json", "exits.json", "chat_template*", "README.md"),
+    *("exit_certificate.json", "exit_certificates.jsonl", "exit_seen_inputs.json"),
+    *("exits.json", "chat_template*", "README.md"),
 )
 
 

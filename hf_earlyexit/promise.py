@@ -56,15 +56,15 @@ class Promise:
                 f"{self.loss.name!r}: use 'wsr' or 'hb'."
             )
 
-    def calibrate(self, losses: ArrayLike, costs: ArrayLike, curves: int = 1) -> Calibration:
+    def calibrate(self, losses: ArrayLike, costs: ArrayLike, curves: int = 1, starts: int = 1) -> Calibration:
         """Which of a curve's columns keep the promise, where as many curves are tested on the same inputs."""
-        return calibrate(losses, costs, **self._asked(curves))
+        return calibrate(losses, costs, **self._asked(curves, starts))
 
-    def inputs_needed(self, curves: int = 1) -> int:
+    def inputs_needed(self, curves: int = 1, starts: int = 1) -> int:
         """The fewest units with which anything can be shown."""
-        return inputs_needed(**self._asked(curves))
+        return inputs_needed(**self._asked(curves, starts))
 
-    def check(self, parts: dict[str, list[Example]], units: int, curves: int) -> None:
+    def check(self, parts: dict[str, list[Example]], units: int, curves: int, starts: int = 1) -> None:
         """Check that what is promised can be shown on these inputs.
 
         Raises:
@@ -72,13 +72,13 @@ class Promise:
         """
         if self.method == "crc" and curves > 1:
             raise ValueError(f"`finalists={curves}` does not go with `method='crc'`, which has no delta to share.")
-        if not are_enough(max(1, units), **self._asked(curves)) or not units:
-            needed = self.inputs_needed(curves)
+        if not are_enough(max(1, units), **self._asked(curves, starts)) or not units:
+            needed = self.inputs_needed(curves, starts)
             total = sum(map(len, parts.values()))
             raise ValueError(
                 f"The calibrate part has {units} units, of {total} inputs: too few for `target={self.target}` "
-                f"{self._confidence(curves)}even at zero loss. {needed} are needed, and more where there are losses: "
-                "give more inputs, a larger share of them, or a larger target."
+                f"{self._confidence(curves, starts)}even at zero loss. {needed} are needed, and more where there are "
+                "losses: give more inputs, a larger share of them, or a larger target."
             )
         without = next((one for part in parts.values() for one in part if not one.references), None)
         self._try_loss()
@@ -100,15 +100,21 @@ class Promise:
         names = ("name", "description", "lower", "upper")
         return {**{name: getattr(self.loss, name) for name in names}, "against": against}
 
-    def _confidence(self, curves: int) -> str:
+    def recorded(self) -> dict[str, Any]:
+        """What is promised and how it is shown, as plain values without the loss."""
+        return {name: getattr(self, name) for name in ("target", "delta", "method", "bound")}
+
+    def _confidence(self, curves: int, starts: int) -> str:
         if self.method == "crc":
             return ""
         each = f" over {curves} curves" if curves > 1 else ""
+        each += f" from {starts} starts" if starts > 1 else ""
         return f"with `delta={self.delta}`{each} by {self.bound!r} "
 
-    def _asked(self, curves: int) -> dict[str, Any]:
+    def _asked(self, curves: int, starts: int) -> dict[str, Any]:
         delta, limits = split_delta(self.delta, curves), {"loss_lower": self.loss.lower, "loss_upper": self.loss.upper}
-        return {"target": self.target, "delta": delta, "method": self.method, "bound": self.bound, **limits}
+        asked = {"target": self.target, "delta": delta, "method": self.method, "bound": self.bound}
+        return {**asked, **limits, "starts": starts}
 
 
 def units_of(examples: Sequence[Example], rows_per_batch: int | None) -> list[str]:

@@ -5,7 +5,7 @@ Reads what the package writes: `exits.json` of the shipped checkpoint, and the l
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,16 +54,17 @@ class RecordedExits:
             )
 
 
-def read_exits(path: str | Path, seed: int = 0) -> RecordedExits:
+def read_exits(path: str | Path, seed: int = 0, reads: Callable[[str], bool] = lambda text: True) -> RecordedExits:
     """Read recorded exits.
 
     Args:
         path: A JSON object with `layers_run`, or with a `distribution` that layers are then drawn from; or JSON lines
             with `layers_run`.
         seed: Of the drawing.
+        reads: Whether the record of an input is read, where records say of which `input` they are.
 
     Raises:
-        ValueError: It is neither.
+        ValueError: It is neither, or no record is read.
     """
     text = decode(Path(path).read_bytes(), str(path))
     try:
@@ -75,7 +76,11 @@ def read_exits(path: str | Path, seed: int = 0) -> RecordedExits:
         raise ValueError(f"{path} has no recorded exits: name a file of `hf-earlyexit generate --output-file`.")
     if len(records) == 1 and isinstance(records[0], dict) and not _is_text(records[0].get("layers_run")):
         return _of_object(records[0], str(path), seed)
-    return RecordedExits([_layers_of(record, f"{path}, record {place}") for place, record in enumerate(records, 1)])
+    layers = [(record, _layers_of(record, f"{path}, record {place}")) for place, record in enumerate(records, 1)]
+    read = [one for record, one in layers if "input" not in record or reads(str(record["input"]))]
+    if layers and not read:
+        raise ValueError(f"{path} has {len(layers)} records, all of inputs in other parts than those that are read.")
+    return RecordedExits(read)
 
 
 def _layers_of(record: Any, where: str) -> list[int]:

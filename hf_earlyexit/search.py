@@ -9,10 +9,10 @@ from typing import Any
 from hf_earlyexit.candidates import Candidate, check_candidates, curve_candidates, default_curves
 from hf_earlyexit.loss_table import LossTable
 from hf_earlyexit.models import EarlyExitT5ForConditionalGeneration
+from hf_earlyexit.partition import Partition
 from hf_earlyexit.policies import CRITERIA
 
 
-PARTS = ("select", "calibrate", "report")
 COSTS = ("time", "layers")
 ORDERS = ("pareto", "threshold")
 
@@ -28,10 +28,12 @@ class Search:
             arXiv 2210.07913). `"threshold"`: curve by curve, from conservative to eager.
         finalists: With `"threshold"`, how many curves, of those that do best on the select part, are tested, each with
             delta over that number.
+        starts: From how many settings of a chain its tests begin, each with its share of delta (see
+            `fixed_sequence.rejected`).
         cost: What the cheapest is chosen by: `"time"` beside the stock model, or `"layers"` per token. Both are
             measured on the select part.
         rounds: Batches of `Use.batch_size` that each candidate is timed on.
-        shares: Of the units, for the parts select, calibrate and report.
+        partition: Says which inputs are explored, selected on, calibrated on and reported.
         writing_batch_size: Inputs at once where nothing is timed and rows do not wait for each other.
         criteria: Names, of your choice, for criteria of plain values, such as `ExitAccuracy.to_dict()`; `curves` may
             then have curves of these names. They must not have been fitted on these inputs.
@@ -40,9 +42,10 @@ class Search:
     curves: Mapping[str, Sequence[float]] | None = None
     order: str = "pareto"
     finalists: int = 1
+    starts: int = 1
     cost: str = "time"
     rounds: int = 31
-    shares: Mapping[str, float] = field(default_factory=lambda: dict(zip(PARTS, (0.2, 0.4, 0.4), strict=True)))
+    partition: Partition = field(default_factory=Partition)
     writing_batch_size: int = 16
     criteria: Mapping[str, dict[str, Any]] = field(default_factory=dict)
 
@@ -54,12 +57,10 @@ class Search:
             raise ValueError(
                 f"`finalists={self.finalists}` goes with `order='threshold'`: 'pareto' tests all at once."
             )
-        for name, least in (("finalists", 1), ("rounds", 2), ("writing_batch_size", 1)):
+        for name, least in (("finalists", 1), ("starts", 1), ("rounds", 2), ("writing_batch_size", 1)):
             if not isinstance(getattr(self, name), int) or getattr(self, name) < least:
                 raise ValueError(f"`{name}` must be a whole number of at least {least}, got {getattr(self, name)!r}.")
         self._check_names()
-        if tuple(self.shares) != PARTS or min(self.shares.values()) < 0 or sum(self.shares.values()) > 1 + 1e-9:
-            raise ValueError(f"`shares` must be numbers for {list(PARTS)}, together at most 1, got {self.shares!r}.")
 
     def _check_names(self) -> None:
         """Names of criteria must be free, not look like a curve at some exit points, and be those of curves."""

@@ -14,7 +14,7 @@ from hf_earlyexit.bounds import p_values_of
 from hf_earlyexit.candidates import Candidate, full_depth
 from hf_earlyexit.certificate import Certificate, versions
 from hf_earlyexit.certified import certified_config, uncertified
-from hf_earlyexit.data import Example, data_fingerprint, split_by_unit
+from hf_earlyexit.data import Example, data_fingerprint
 from hf_earlyexit.fingerprint import weights_fingerprint
 from hf_earlyexit.implementations import implementation_of
 from hf_earlyexit.intervals import mean_interval
@@ -22,6 +22,7 @@ from hf_earlyexit.journal import Journal
 from hf_earlyexit.loss_table import record_losses
 from hf_earlyexit.losses import Loss
 from hf_earlyexit.models import EarlyExitT5ForConditionalGeneration
+from hf_earlyexit.partition import Partition
 from hf_earlyexit.promise import refuse_degenerate, units_of
 from hf_earlyexit.settings import ExitSettings
 from hf_earlyexit.writing import Writer
@@ -94,11 +95,12 @@ def verify_certificate(
         path: A journal: a run that was cut off goes on from it.
 
     Raises:
-        ValueError: There is no certificate, it is of another loss, or no input is left.
+        ValueError: There is no certificate, it is of another loss, no input is left, or one was trained on.
     """
     certificate = model.exit_certificate if certificate is None else certificate
     _check(certificate, loss)
-    new = split_by_unit(certificate.unseen(examples), {"verify": 1.0})["verify"]  # the same order in every run
+    new = Partition().in_order(certificate.unseen(examples))  # the same order in every run
+    model.seen_inputs.refuse(new, "the verification")
     rows = certificate.generation["batch_size"]
     if len(new) < max(1, rows or 1):
         raise ValueError(f"`examples` has {len(new)} inputs that the certificate has not seen: give other ones.")

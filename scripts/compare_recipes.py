@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from recipe_table import summarize, table
 from recipes import RECIPES, Recipe
-from text_pairs import DataArguments, HelpFormatter, check_data, read_pairs, tokenize
+from text_pairs import DataArguments, HelpFormatter, check_data, partition_of, read_texts, tokenize
 from torch.utils.data import DataLoader
 from transformers import (
     DataCollatorForSeq2Seq,
@@ -40,7 +40,7 @@ from transformers import (
 
 from hf_earlyexit import EarlyExitConfig, EarlyExitT5ForConditionalGeneration
 from hf_earlyexit.config import early_exit_config
-from hf_earlyexit.data import Example, group_by_input, in_random_order
+from hf_earlyexit.data import Example
 from hf_earlyexit.evaluation import evaluate_model
 from hf_earlyexit.extras import require
 from hf_earlyexit.failures import refusals
@@ -87,8 +87,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         models = [arguments.model, *arguments.beside]
         refuse_folder_of_model("--output_dir", arguments.output_dir, models)
         refuse_overwriting({"--table": arguments.table}, [data.train_file, data.validation_file, *models])
-        train_pairs, validation_pairs = read_pairs(data)
-        comparison = Comparison(arguments, data, train_pairs, in_random_order(group_by_input(validation_pairs)))
+        texts = read_texts(data)
+        comparison = Comparison(arguments, data, texts.train, texts.validation)
     results = {name: comparison.of_recipe(name) for name in arguments.recipes}
     results |= {Path(path).name: comparison.of_checkpoint(path) for path in arguments.beside}
     text = table(results, comparison.of_recipe(BEFORE), comparison.budget)
@@ -195,8 +195,9 @@ class Comparison:
         grid = Grid({curve: THRESHOLDS}, (1,), ("row",), self.arguments.rounds)
         generation = {"max_new_tokens": self.data.max_target_tokens}
         cut = {"max_source_tokens": self.data.max_source_tokens}
+        read = {"parts": self.data.validation_parts, "partition": partition_of(self.data)}
         model = model.to("cpu").eval()  # where times of one text are compared, wherever it was trained
-        results = evaluate_model(model, self.tokenizer, self.judged, grid, generation=generation, **cut)
+        results = evaluate_model(model, self.tokenizer, self.judged, grid, generation=generation, **cut, **read)
         return {**summarize(results, curve), "environment": environment(), "load": load()}
 
     def train(self, model: EarlyExitT5ForConditionalGeneration, recipe: Recipe, folder: Path) -> dict[str, Any]:

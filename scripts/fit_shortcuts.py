@@ -20,17 +20,17 @@ from pathlib import Path
 import torch
 from datasets import Dataset
 from huggingface_hub import ModelCardData
-from text_pairs import DataArguments, HelpFormatter, check_data, on_hub, read_pairs, tokenize
+from text_pairs import DataArguments, HelpFormatter, check_data, on_hub, read_texts, tokenize
 from torch.utils.data import DataLoader
 from transformers import DataCollatorForSeq2Seq, HfArgumentParser, PreTrainedTokenizerBase
 
 from hf_earlyexit import EarlyExitConfig, EarlyExitT5ForConditionalGeneration
 from hf_earlyexit.config import early_exit_config
-from hf_earlyexit.data import group_by_input
 from hf_earlyexit.extras import require
 from hf_earlyexit.failures import reading, refusals
 from hf_earlyexit.model_card import TrainedExits, make_card
 from hf_earlyexit.output_files import refuse_folder_of_model
+from hf_earlyexit.seen_inputs import TRAINING
 from hf_earlyexit.shortcuts import (
     KIND,
     ExitWorth,
@@ -74,16 +74,16 @@ def main(argv: list[str] | None = None) -> None:
         check_data(data)
         refuse_folder_of_model("--output_dir", arguments.output_dir, [arguments.model])
         config = shortcut_config(arguments)
-        train_pairs, validation_pairs = read_pairs(data)
+        texts = read_texts(data)
         with reading(arguments.model, "the model"):
             model = EarlyExitT5ForConditionalGeneration.from_pretrained(
                 arguments.model, early_exit=config, dtype=torch.float32
             ).eval()
         tokenizer = load_tokenizer(arguments.model, model.config)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
-    train_pairs = chosen(train_pairs, arguments)
-    examples = group_by_input(validation_pairs)[: data.max_validation_inputs]
-    validation_pairs = [(example.source, example.references[0]) for example in examples]
+    train_pairs = chosen(texts.train, arguments)
+    model.record_seen(TRAINING, [*(source for source, _ in train_pairs), *(one.source for one in texts.validation)])
+    validation_pairs = [(example.source, example.references[0]) for example in texts.validation]
     train = batches_of(tokenize(tokenizer, train_pairs, data), tokenizer, arguments.batch_size)
     if arguments.own_texts:
         train = with_full_depth_labels(model, train, max_new_tokens=data.max_target_tokens)
@@ -93,7 +93,8 @@ def main(argv: list[str] | None = None) -> None:
     report = measure_shortcuts(model, validation)
     command = shlex.join(["python", "scripts/fit_shortcuts.py", *argv])
     save(model, tokenizer, arguments, fit, report, command)
-    found = {"rows": len(train_pairs), "inputs": len(examples), "fit": asdict(fit), "held_out": as_json(report)}
+    counts = {"rows": len(train_pairs), "left_out": texts.left_out, "inputs": len(texts.validation)}
+    found = {**counts, "fit": asdict(fit), "held_out": as_json(report)}
     print(json.dumps({"output_dir": arguments.output_dir, "command": command, **found}))
 
 

@@ -24,7 +24,7 @@ from random import Random
 import torch
 import transformers
 from huggingface_hub import ModelCard, ModelCardData
-from text_pairs import DataArguments, HelpFormatter, RougeOfDistinctInputs, check_data, read_pairs, tokenize
+from text_pairs import DataArguments, HelpFormatter, RougeOfDistinctInputs, check_data, read_texts, tokenize
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 from tokenizers.decoders import Metaspace
 from transformers import (
@@ -40,10 +40,11 @@ from transformers import (
 )
 from transformers.trainer_utils import get_last_checkpoint
 
-from hf_earlyexit.data import group_by_input
 from hf_earlyexit.failures import reading, refusals
 from hf_earlyexit.metrics import ROUGE_TYPES
 from hf_earlyexit.output_files import refuse_folder_of_model
+from hf_earlyexit.seen_inputs import FILE as SEEN_FILE
+from hf_earlyexit.seen_inputs import IN_CONFIG, TRAINING, SeenInputs
 from hf_earlyexit.text_trainer import TextTrainer
 from hf_earlyexit.tokenizer import load_tokenizer
 
@@ -94,25 +95,26 @@ def main(argv: list[str] | None = None) -> None:
         check_run(run, shape, training)
         check_data(data)
         refuse_folder_of_model("--output_dir", training.output_dir, [run.start_from])
-        train_pairs, validation_pairs = read_pairs(data)
+        texts = read_texts(data)
     folder = Path(training.output_dir)
     set_seed(training.seed)
     if run.start_from is not None:
         with refusals(parser.prog), reading(run.start_from, "the model"):
             model = T5ForConditionalGeneration.from_pretrained(run.start_from, dtype=torch.float32)
             tokenizer = load_tokenizer(run.start_from, model.config)
+            seen = SeenInputs.of_model(run.start_from, model.config)
     else:
         with training.main_process_first(desc="the tokenizer"):
             tokenizer = known_tokenizer(folder) if run.resume or not training.should_save else None
             if tokenizer is None:
-                tokenizer = train_tokenizer((text for pair in train_pairs for text in pair), shape.vocab_size)
+                tokenizer = train_tokenizer((text for pair in texts.train for text in pair), shape.vocab_size)
                 tokenizer.save_pretrained(folder)
-        model = T5ForConditionalGeneration(config_of(shape, tokenizer))
+        model, seen = T5ForConditionalGeneration(config_of(shape, tokenizer)), SeenInputs()
+    train_pairs, examples = list(texts.train), texts.validation
     if run.denoising_words is not None:
         train_pairs += list(denoising_pairs(train_pairs, data.prefix, run.denoising_words, training.seed))
     model.generation_config.max_new_tokens = data.max_target_tokens
     training.predict_with_generate = True
-    examples = group_by_input(validation_pairs)[: data.max_validation_inputs]
     trainer = TextTrainer(
         model,
         training,
@@ -129,8 +131,10 @@ def main(argv: list[str] | None = None) -> None:
     metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
     metrics |= {"validation_inputs": len(examples), **trainer.evaluate()}
     trainer.save_state()
+    setattr(model.config, IN_CONFIG, SEEN_FILE)
     trainer.save_model()
     if trainer.is_world_process_zero():
+        seen.plus(TRAINING, texts.sources).save(folder)
         command = shlex.join(["python", "scripts/pretrain_t5.py", *argv])
         card(trainer, metrics, data, run, command).save(folder / "README.md")
         print(json.dumps({"output_dir": str(folder), "command": command, "metrics": metrics}))

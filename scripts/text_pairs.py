@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,10 +14,11 @@ from datasets import Dataset, load_dataset
 from tqdm import tqdm
 from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_earlyexit.data import Example, column_pairs, read_file, text_columns
+from hf_earlyexit.data import Example, column_pairs, group_by_input, read_examples, read_file, text_columns
 from hf_earlyexit.failures import reading
 from hf_earlyexit.labelled import IGNORED
 from hf_earlyexit.metrics import Rouge
+from hf_earlyexit.partition import OPEN, PARTS, SALT, SHARES, Partition, check_parts
 from hf_earlyexit.shortcuts import with_full_depth_labels
 from hf_earlyexit.tables import READERS, Table, suffix_of
 
@@ -41,6 +43,20 @@ class DataArguments:
         default=128, metadata={"help": "targets and generated texts are cut to this length"}
     )
     max_validation_inputs: int | None = field(default=None, metadata={"help": "distinct inputs to evaluate on (all)"})
+    group_by: str | None = field(
+        default=None, metadata={"help": "column that says which rows belong together (those with the same input)"}
+    )
+    validation_parts: list[str] = field(
+        default_factory=lambda: list(OPEN),
+        metadata={
+            "help": f"of {', '.join(PARTS)}, the parts of the validation inputs that are read; the others are for "
+            "`hf-earlyexit calibrate`, and are not trained on either"
+        },
+    )
+    salt: str = field(default=SALT, metadata={"help": "of the hash that splits inputs, as for `hf-earlyexit`"})
+    shares: list[float] = field(
+        default_factory=lambda: list(SHARES), metadata={"help": "of the parts, as for `hf-earlyexit`"}
+    )
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -62,18 +78,76 @@ def check_data(arguments: DataArguments) -> None:
         )
 
 
-def read_pairs(arguments: DataArguments) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
-    """Training and validation pairs, inputs with the prefix."""
+@dataclass(frozen=True)
+class Texts:
+    """What a training reads.
+
+    Attributes:
+        train: Inputs and targets.
+        validation: Distinct inputs, in random order.
+        left_out: Rows that were not trained on, since their inputs are validation inputs of parts that are not read.
+    """
+
+    train: list[tuple[str, str]]
+    validation: list[Example]
+    left_out: int
+
+    @property
+    def sources(self) -> list[str]:
+        """All inputs that are read."""
+        return [*(source for source, _ in self.train), *(one.source for one in self.validation)]
+
+
+def read_texts(arguments: DataArguments) -> Texts:
+    """The training pairs and the validation inputs, with the prefix, without what is kept for tests.
+
+    Raises:
+        ValueError: A column, a part or a share is not legal, or nothing is left.
+    """
+    check_parts(arguments.validation_parts)
+    partition = partition_of(arguments)
+    train, validation = read_rows(arguments)
+    examples = examples_of(validation, arguments)
+    read = partition.keep(examples, arguments.validation_parts)
+    kept_for_tests = {one.source for one in examples} - {one.source for one in read}
+    pairs = pairs_of(train, arguments)
+    trained = [pair for pair in pairs if pair[0] not in kept_for_tests]
+    if pairs and not trained:
+        raise ValueError("All training inputs are validation inputs of parts that are not read: give others.")
+    if left_out := len(pairs) - len(trained):
+        print(
+            f"{left_out} of {len(pairs)} training rows are left out: their inputs are validation inputs outside of "
+            f"--validation_parts {' '.join(arguments.validation_parts)}.",
+            file=sys.stderr,
+        )
+    return Texts(trained, partition.in_order(read, arguments.max_validation_inputs), left_out)
+
+
+def partition_of(arguments: DataArguments) -> Partition:
+    """The partition that was asked for."""
+    if len(arguments.shares) != len(PARTS):
+        raise ValueError(f"--shares must be {len(PARTS)} numbers, for {list(PARTS)}, got {arguments.shares}.")
+    return Partition(arguments.salt, dict(zip(PARTS, arguments.shares, strict=True)))
+
+
+def read_rows(arguments: DataArguments) -> tuple[Table | Dataset, Table | Dataset]:
+    """The rows of training and validation."""
     if arguments.train_file is not None:
-        parts = read_file(arguments.train_file), read_file(arguments.validation_file)
-    elif (files := split_files(Path(arguments.dataset))) is not None:
-        parts = map(read_file, files)
-    else:
-        own = None if Path(arguments.dataset).exists() else DATASET_CONFIGS.get(arguments.dataset)
-        config = arguments.dataset_config or own
-        with reading(arguments.dataset, "the data set"):
-            parts = load_dataset(arguments.dataset, config, split=list(SPLITS))
-    return tuple(pairs_of(part, arguments) for part in parts)
+        return read_file(arguments.train_file), read_file(arguments.validation_file)
+    if (files := split_files(Path(arguments.dataset))) is not None:
+        return tuple(map(read_file, files))
+    own = None if Path(arguments.dataset).exists() else DATASET_CONFIGS.get(arguments.dataset)
+    config = arguments.dataset_config or own
+    with reading(arguments.dataset, "the data set"):
+        return tuple(load_dataset(arguments.dataset, config, split=list(SPLITS)))
+
+
+def examples_of(dataset: Table | Dataset, arguments: DataArguments) -> list[Example]:
+    """The distinct inputs of one split."""
+    if arguments.group_by is None:
+        return group_by_input(pairs_of(dataset, arguments))
+    columns = text_columns(dataset.column_names, arguments.source_column, arguments.target_column)
+    return read_examples(dataset, *columns, prefix=arguments.prefix, group_by=arguments.group_by)
 
 
 def split_files(folder: Path) -> list[Path] | None:

@@ -32,7 +32,7 @@ from text_pairs import (
     check_data,
     on_hub,
     own_outputs,
-    read_pairs,
+    read_texts,
     tokenize,
 )
 from transformers import DataCollatorForSeq2Seq, HfArgumentParser, Seq2SeqTrainingArguments
@@ -40,7 +40,6 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from hf_earlyexit import ClassifierConfig, EarlyExitConfig, EarlyExitT5ForConditionalGeneration
 from hf_earlyexit.config import CLASSIFIER_KINDS, HEAD_KINDS, early_exit_config
-from hf_earlyexit.data import group_by_input
 from hf_earlyexit.extras import require
 from hf_earlyexit.failures import reading, refusals
 from hf_earlyexit.lora import add_lora, merge_lora
@@ -50,6 +49,7 @@ from hf_earlyexit.objectives.multi_exit import WEIGHTS
 from hf_earlyexit.objectives.self_distillation import TOWARDS
 from hf_earlyexit.objectives.shallow_deep import ALIGNMENTS
 from hf_earlyexit.output_files import refuse_folder_of_model
+from hf_earlyexit.seen_inputs import TRAINING
 from hf_earlyexit.tokenizer import load_tokenizer
 from hf_earlyexit.training import EarlyExitTrainer
 
@@ -125,25 +125,25 @@ def main(argv: list[str] | None = None) -> None:
         check_data(data_args)
         refuse_folder_of_model("--output_dir", training.output_dir, [model_args.model])
         config = exit_config(model_args, objective_args)
-        train_pairs, validation_pairs = read_pairs(data_args)
+        texts = read_texts(data_args)
         with reading(model_args.model, "the model"):
             model = EarlyExitT5ForConditionalGeneration.from_pretrained(
                 model_args.model, early_exit=config, dtype=torch.float32
             )
         tokenizer = load_tokenizer(model_args.model, model.config)
+    model.record_seen(TRAINING, texts.sources)
     if run_args.lora_rank is not None:
         add_lora(model, run_args.lora_rank)
     if training.generation_max_length is None and model.generation_config.max_new_tokens is None:
         training.generation_max_length = data_args.max_target_tokens
     training.predict_with_generate = True
     if run_args.own_outputs:
-        sources = list(dict.fromkeys(source for source, _ in train_pairs))
+        sources = list(dict.fromkeys(source for source, _ in texts.train))
         model.to(training.device)
         train_rows = own_outputs(model, tokenizer, sources, data_args, training.per_device_eval_batch_size)
     else:
-        train_rows = tokenize(tokenizer, train_pairs, data_args)
-    examples = group_by_input(validation_pairs)[: data_args.max_validation_inputs]
-    validation_pairs = [(example.source, example.references[0]) for example in examples]
+        train_rows = tokenize(tokenizer, texts.train, data_args)
+    validation_pairs = [(example.source, example.references[0]) for example in texts.validation]
     trainer = EarlyExitTrainer(
         model,
         training,
@@ -154,15 +154,16 @@ def main(argv: list[str] | None = None) -> None:
         eval_dataset=tokenize(tokenizer, validation_pairs, data_args),
         data_collator=DataCollatorForSeq2Seq(tokenizer, model=model),
         processing_class=tokenizer,
-        compute_metrics=RougeOfDistinctInputs(tokenizer, examples),
+        compute_metrics=RougeOfDistinctInputs(tokenizer, texts.validation),
     )
-    metrics = {"validation_inputs": len(examples), **train(trainer, run_args.resume)}
+    metrics = {"validation_inputs": len(texts.validation), **train(trainer, run_args.resume)}
     if run_args.lora_rank is not None:
         merge_lora(model)
     save(trainer, finetuned_from=on_hub(model_args.model), dataset=on_hub(data_args.dataset))
     if trainer.is_world_process_zero():
         found = {name: None if math.isnan(value) else value for name, value in metrics.items()}
-        print(json.dumps({"output_dir": training.output_dir, "command": trainer.command, "metrics": found}))
+        result = {"output_dir": training.output_dir, "command": trainer.command, "left_out": texts.left_out}
+        print(json.dumps({**result, "metrics": found}))
 
 
 def make_objective(arguments: ObjectiveArguments) -> Objective:

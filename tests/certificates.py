@@ -5,6 +5,7 @@ from __future__ import annotations
 from hf_earlyexit.certificate import Certificate, versions
 from hf_earlyexit.certified import uncertified
 from hf_earlyexit.fingerprint import weights_fingerprint
+from hf_earlyexit.partition import Partition
 from hf_earlyexit.settings import ExitSettings
 
 
@@ -36,4 +37,5 @@ def certificate_for(
         generation=conditions | {"batch_size": rows},
         versions=versions(),
         created="2026-01-31",
+        partition=Partition().described(),
     )

@@ -40,12 +40,14 @@ LAWS = (
 # which show that the laws notice, and what is computed of texts, however they were generated. `.ci/run` runs it once.
 # Notebooks, benchmarks and tests of several processes are marked so where they stand.
 ONCE = (
+    "test_fixed_sequence",
     "test_guarantee",
     "test_model_calibration",
     "test_mutations",
     "test_mutations_of_modules",
     "test_mutations_of_promises",
     "test_mutations_of_speed",
+    "test_partition",
     "test_verification",
 )
 

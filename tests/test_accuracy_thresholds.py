@@ -16,7 +16,7 @@ from hf_earlyexit import EarlyExitConfig, EarlyExitT5ForConditionalGeneration
 from hf_earlyexit.accuracy_fit import fit_exit_accuracy
 from hf_earlyexit.accuracy_thresholds import WRAPPED, AccuracyTable, ExitAccuracy, fit_accuracy
 from hf_earlyexit.certificate import CertificateWarning
-from hf_earlyexit.data import Example
+from hf_earlyexit.data import Example, short_hash
 from hf_earlyexit.default import default_examples, load_default
 from hf_earlyexit.forced import force
 from hf_earlyexit.model_calibration import Use, calibrate_model
@@ -27,6 +27,7 @@ from hf_earlyexit.separating import EQUALLY_SURE
 from hf_earlyexit.settings import ExitSettings
 from tests import laws
 from tests.certificates import certificate_for
+from tests.parts import drawn
 from tests.test_reliability import Numbers, texts_of
 from tests.tiny import NUM_LAYERS, tiny_inputs, tiny_pair
 
@@ -137,10 +138,11 @@ def test_one_target_is_a_threshold_per_exit(criterion):
 def test_fitted_on_what_full_depth_writes():
     """The tables are those of tokens that are counted by hand, from stock's own forward on full depth's texts."""
     model, tokenizer = load_default()
-    examples = default_examples()[:6]
+    examples = drawn(default_examples(), explore=2, select=4)
     options = {"generation": {"max_new_tokens": 8}, "least_tokens": 5, "levels": None}
     found = fit_exit_accuracy(model, tokenizer, examples, "max_prob", exit_layers=[2, 6], batch_size=4, **options)
     assert found.criterion == "max_prob" and found.layers == [2, 6]
+    assert model.seen_inputs.by == {"criteria": {short_hash(one) for one in examples}}
     sure, right = {2: [], 6: []}, {2: [], 6: []}
     for example in examples:
         inputs = tokenizer(example.source, return_tensors="pt")
@@ -160,7 +162,7 @@ def test_fitted_on_what_full_depth_writes():
 def test_patience_counts_the_exits_that_will_be_asked():
     model, tokenizer = load_default()
     options = {"generation": {"max_new_tokens": 8}, "least_tokens": 1, "exit_layers": [2, 6]}
-    found = fit_exit_accuracy(model, tokenizer, default_examples()[:4], "patience", **options)
+    found = fit_exit_accuracy(model, tokenizer, drawn(default_examples(), select=4), "patience", **options)
     assert found.layers == [2, 6]
     assert set(found.tables[0].confidences) == {0.0} and set(found.tables[1].confidences) <= {0.0, 0.25}
 
@@ -201,7 +203,7 @@ def test_it_is_certified_saved_and_loaded_with_its_tables(tmp_path):
 
 def test_it_is_calibrated_like_any_criterion():
     model, tokenizer = load_default()
-    examples = default_examples()[:60]
+    examples = drawn(default_examples(), select=12, calibrate=24, report=24)
     fit = ExitAccuracy("softmax", (AccuracyTable(2, (0.3, 0.6), (0.6, 0.9)), AccuracyTable(6, (0.2,), (0.9,))))
     search = Search(
         curves={"accuracy:2,6": [0.9, 0.5]}, criteria={"accuracy": fit.to_dict()}, order="threshold", cost="layers"

@@ -17,7 +17,6 @@ from hf_earlyexit.candidates import full_depth
 from hf_earlyexit.certificate import FILE, Certificate, CertificateWarning
 from hf_earlyexit.cli_generate import can_be_prepared
 from hf_earlyexit.compiling import CompileOptions
-from hf_earlyexit.data import split_by_unit
 from hf_earlyexit.default import default_examples, load_default
 from hf_earlyexit.losses import LOSSES
 from hf_earlyexit.model_calibration import calibrate_model
@@ -27,6 +26,7 @@ from hf_earlyexit.t5_prepared import PreparedT5Decoder
 from hf_earlyexit.use import Use
 from hf_earlyexit.writing import Writer
 from tests.certificates import certificate_for
+from tests.parts import drawn
 from tests.tiny import tiny_inputs, tiny_pair
 
 
@@ -187,7 +187,7 @@ def test_rows_that_wait_are_covered_at_their_number_alone():
 # --- how a way comes to be named ------------------------------------------------------------------------------------
 
 
-INPUTS, CALIBRATED = 40, {"max_new_tokens": 5}
+INPUTS, CALIBRATED = {"select": 8, "calibrate": 16, "report": 16}, {"max_new_tokens": 5}
 SEARCH = Search(curves={"classifier": [0.9, 0.3]}, order="threshold", cost="layers")
 LOSS = LOSSES["text_distance"]
 
@@ -199,7 +199,7 @@ def shipped():
 
 @pytest.fixture(scope="module")
 def examples():
-    return default_examples()[:INPUTS]
+    return drawn(default_examples(), **INPUTS)
 
 
 def go_wrong(monkeypatch) -> None:
@@ -255,7 +255,7 @@ def test_ways_that_agree_change_nothing(shipped, examples, plain, others):
 def disagreements_count(shipped, examples) -> None:
     """Each input counts with the largest of its losses, against full depth as measured and as that way writes it."""
     found, (model, tokenizer) = calibrated(shipped, examples, "plain", "prepared"), shipped
-    inputs = split_by_unit(examples, SEARCH.shares)["calibrate"]
+    inputs = SEARCH.partition.split(examples)["calibrate"]
     alias = copy.copy(model).prepare_for_generation()
     full = {
         name: texts_of(one, tokenizer, inputs, full_depth()) for name, one in (("plain", model), ("prepared", alias))

@@ -17,8 +17,9 @@ from hf_earlyexit.card_sections import WORTH, write_section
 from hf_earlyexit.certificate import FILE, Certificate
 from hf_earlyexit.cli import main
 from hf_earlyexit.cli_arguments import curves_of
-from hf_earlyexit.data import in_random_order, short_hash
+from hf_earlyexit.data import short_hash
 from hf_earlyexit.default import CHECKPOINT, default_examples, load_default
+from hf_earlyexit.partition import Partition
 from tests.command_line import errors_of
 from tests.scripts import run_script
 from tests.shortly import time_shortly
@@ -26,6 +27,7 @@ from tests.shortly import time_shortly
 
 pytest.importorskip("scipy.stats")
 QUICK = ["--max-new-tokens", "6"]
+MAX_INPUTS = "40"
 PROMISE = ["--target", "0.9", "--curve", "softmax:1,2", "0.0", "0.9", "--cost", "layers"]
 
 
@@ -39,18 +41,24 @@ def write_rows(path: Path, examples, references: int = 2) -> Path:
     return path
 
 
+def in_random_order(count: int):
+    """As the verbs take them with `--max-inputs`."""
+    return Partition().in_order(default_examples(), count)
+
+
 @pytest.fixture(scope="module")
 def certified(tmp_path_factory):
     """The shipped model, calibrated by the verb on 40 of its inputs."""
     folder = tmp_path_factory.mktemp("quality") / "certified"
-    flags = ["--max-inputs", "40", "--output-dir", str(folder), "--losses", str(folder.parent / "losses.csv")]
+    flags = ["--max-inputs", MAX_INPUTS, "--output-dir", str(folder), "--losses", str(folder.parent / "losses.csv")]
     assert main(["calibrate", *PROMISE, *QUICK, *flags]) == 0
     return folder
 
 
 def test_calibrate_saves_a_checkpoint_that_leaves_as_certified(certified, capsys):
     certificate = Certificate.load(certified / FILE)
-    assert certificate.certified and certificate.n == 16 and certificate.target == 0.9
+    assert certificate.certified and certificate.target == 0.9
+    assert certificate.n == len(Partition().split(in_random_order(40))["calibrate"]) and certificate.attempts == 0
     assert certificate.data["name"] == "e2e-validation.csv.gz"
     assert (certified / "model.safetensors").read_bytes() == (CHECKPOINT / "model.safetensors").read_bytes()
     model = EarlyExitT5ForConditionalGeneration.from_pretrained(certified).eval()
@@ -63,13 +71,13 @@ def test_calibrate_saves_a_checkpoint_that_leaves_as_certified(certified, capsys
     assert card.startswith(shipped.rstrip()) and certificate.in_words() in card.removeprefix(shipped.rstrip())
     with open(certified.parent / "losses.csv", newline="") as file:
         rows = list(csv.reader(file))
-    assert len(rows) == 17 and rows[0][1:] == [row["name"] for row in certificate.table]
+    assert len(rows) == 1 + certificate.n and rows[0][1:] == [row["name"] for row in certificate.table]
 
 
 def test_calibrate_says_what_it_found_and_goes_on_from_its_journal(certified, capsys, monkeypatch):
     kind = EarlyExitT5ForConditionalGeneration
     monkeypatch.setattr(kind, "generate", lambda *args, **kwargs: pytest.fail("something was generated again"))
-    assert main(["calibrate", *PROMISE, *QUICK, "--max-inputs", "40", "--output-dir", str(certified)]) == 0
+    assert main(["calibrate", *PROMISE, *QUICK, "--max-inputs", MAX_INPUTS, "--output-dir", str(certified)]) == 0
     text = capsys.readouterr().out
     certificate = Certificate.load(certified / FILE)
     assert " ".join(certificate.in_words().split()) in " ".join(text.split())
@@ -100,13 +108,13 @@ def test_calibrate_takes_along_what_a_checkpoint_is_made_of(certified, tmp_path)
 
 
 def test_verify_certificate_tries_new_inputs(certified, tmp_path, capsys):
-    file = write_rows(tmp_path / "new.csv", default_examples()[20:60])
+    file = write_rows(tmp_path / "new.csv", in_random_order(60)[20:])
     flags = ["--model", str(certified), "--file", str(file), "--group-by", "mr", "--prefix", "describe: "]
     assert main(["verify-certificate", *flags]) == 0
     text = " ".join(capsys.readouterr().out.split())
     seen = Certificate.load(certified / FILE).split["hashes"]
-    known = {*seen["select"], *seen["calibrate"]}
-    left_out = sum(short_hash(one) in known for one in default_examples()[20:60])
+    known = {*seen["explore"], *seen["select"], *seen["calibrate"]}
+    left_out = sum(short_hash(one) in known for one in in_random_order(60)[20:])
     assert f"left out: {left_out} inputs" in text and f"on {40 - left_out} new units" in text and left_out > 0
     false = shutil.copytree(certified, tmp_path / "false")
     (false / FILE).write_text(json.dumps(json.loads((certified / FILE).read_text()) | {"target": 0.001}))
@@ -129,6 +137,8 @@ def test_evaluate_and_report(tmp_path, capsys, monkeypatch):
         "\n".join(lines).partition("Oracle, a bound and no saving")[2].split()
     )
     results = json.loads(output.read_text())
+    assert results["asked"]["parts"] == ["explore", "select"]
+    assert results["asked"]["partition"] == Partition().described()
     assert results["asked"]["model"] == "t5-e2e" and results["asked"]["data"] == "e2e-validation.csv.gz"
     assert main(["report", str(output), "--png", str(tmp_path / "figures")]) == 0
     written = capsys.readouterr().out.split()
@@ -153,26 +163,6 @@ def test_the_script_is_the_verb(tmp_path):
 def test_a_curve_that_is_named_twice_has_all_thresholds():
     curves = curves_of([["softmax", "0.9"], ["state", "0.5"], ["softmax", "0.5", "0.7"]])
     assert curves == {"softmax": (0.9, 0.5, 0.7), "state": (0.5,)} and curves_of(None) is None
-
-
-def test_unseen_inputs_are_those_of_the_report_part(certified, tmp_path, monkeypatch):
-    time_shortly(monkeypatch)
-    file = write_rows(tmp_path / "inputs.csv", in_random_order(default_examples(), 40))
-    flags = [
-        "--model",
-        str(certified),
-        "--file",
-        str(file),
-        "--prefix",
-        "describe: ",
-        "--unseen",
-        "--max-new-tokens",
-        "2",
-    ]
-    grid = ["--curve", "state", "0.9", "--batch-sizes", "4", "--batch-rules", "row", "--rounds", "2"]
-    assert main(["evaluate", *flags, *grid, "--output", str(tmp_path / "results.json")]) == 0
-    results = json.loads((tmp_path / "results.json").read_text())
-    assert results["inputs"]["count"] == 16 and results["certificate"]["n"] == 16
 
 
 @pytest.mark.parametrize(
@@ -206,7 +196,9 @@ def test_unseen_inputs_are_those_of_the_report_part(certified, tmp_path, monkeyp
         (["evaluate", "--output", "x", "--journal", "no/where"], "--journal: there is no folder"),
         (["evaluate", "--output", "."], "--output . is a folder"),
         (["evaluate", "--output", "x", "--max-inputs", "4"], "`batch_sizes` has 8, but there are 4 inputs"),
-        (["evaluate", "--output", "x", "--unseen"], "--unseen needs a model with a certificate"),
+        (["evaluate", "--output", "x", "--part", "all"], "invalid choice: 'all'"),
+        (["evaluate", "--output", "x", "--salt", ""], "`salt` must be a text that is not empty"),
+        (["evaluate", "--output", "x", "--shares", "1", "1", "0", "0"], "`shares` must be numbers"),
         (["evaluate", "--output", "x", "--batch-rules", "rows"], "`batch_exit` must be one of"),
         (["evaluate", "--output", "x", "--device", "nonsense"], "--device nonsense cannot be used"),
         (["report", "rows.csv"], "rows.csv is not JSON"),

@@ -103,6 +103,7 @@ def test_at_least_six_recipes_that_train():
 def run(where: Path, *options: str) -> Ran:
     budget = "--max_steps 2 --batch_size 4 --inputs 4 --rounds 2 --exit_layers 2 4 --max_target_tokens 6"
     data = "--train_file train.csv --validation_file validation.csv --output_dir compared --table table.md"
+    data += " --validation_parts explore select calibrate report"
     arguments = ["--model", "plain", *budget.split(), *data.split(), *options]
     return run_script("compare_recipes.py", *arguments, cwd=where)
 

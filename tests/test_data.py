@@ -16,7 +16,6 @@ from hf_earlyexit.data import (
     read_examples,
     read_file,
     short_hash,
-    split_by_unit,
     text_columns,
 )
 
@@ -53,43 +52,6 @@ def test_columns():
         text_columns(["q", "a"])
     with pytest.raises(ValueError, match="Name the columns"):
         text_columns(["q", "a"], source="q")
-
-
-SHARES = {"select": 0.2, "calibrate": 0.4, "report": 0.4}
-
-
-def grouped(count: int = 303, per_group: int = 3) -> list[Example]:
-    return [Example(f"input {number}", (), f"group {number // per_group}") for number in range(count)]
-
-
-def test_parts_have_their_shares_of_the_units_and_share_none():
-    examples = grouped()
-    parts = split_by_unit(examples, SHARES)
-    assert list(parts) == list(SHARES)
-    assert {name: len(part) for name, part in parts.items()} == {"select": 60, "calibrate": 120, "report": 123}
-    units = {name: {one.unit for one in part} for name, part in parts.items()}
-    assert [len(one) for one in units.values()] == [20, 40, 41] and len(set.union(*units.values())) == 101
-    assert {one for part in parts.values() for one in part} == set(examples)
-
-
-def test_parts_do_not_depend_on_the_order_and_are_drawn():
-    examples = grouped()
-    parts = split_by_unit(examples, SHARES)
-    assert split_by_unit(examples[::-1], SHARES) == parts
-    numbers = [int(one.unit.split()[1]) for one in parts["select"]]
-    assert set(numbers) != set(range(20)), "not just the first ones"
-    assert {one.unit for one in parts["select"]} != set(sorted({one.unit for one in examples})[:20]), "nor by name"
-    rest = split_by_unit([one for one in examples if one.unit != parts["report"][-1].unit], SHARES)
-    assert rest["select"] == parts["select"], "where one unit more hardly changes what is drawn"
-    assert parts["select"][0].unit == parts["select"][2].unit, "a unit's inputs stand together"
-
-
-def test_shares_need_not_be_everything_and_rounding_loses_no_unit():
-    examples = [Example(f"input {number}") for number in range(10)]
-    assert [len(part) for part in split_by_unit(examples, {"a": 0.5, "b": 0.25}).values()] == [5, 2]
-    assert [len(part) for part in split_by_unit(examples, {"a": 0.7, "b": 0.2, "c": 0.1}).values()] == [7, 2, 1]
-    assert split_by_unit(examples, {"a": 0.0, "b": 1.0})["a"] == []
-    assert split_by_unit([], {"a": 1.0}) == {"a": []}
 
 
 def rows(*cells: tuple, columns: str = "mr ref group") -> Dataset:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import subprocess
+from dataclasses import replace
 from functools import partial
 from itertools import repeat
 from random import Random
@@ -15,17 +16,20 @@ from transformers import T5ForConditionalGeneration
 
 from hf_earlyexit import EarlyExitConfig, evaluation
 from hf_earlyexit.candidates import FULL_DEPTH, STATIC, Candidate, full_depth
-from hf_earlyexit.data import Example, in_random_order
+from hf_earlyexit.data import Example, short_hash
 from hf_earlyexit.default import default_examples, load_default
-from hf_earlyexit.evaluation import best, evaluate_model, judge, time_beside_stock
+from hf_earlyexit.evaluation import best, evaluate_model, inputs_to_read, judge, time_beside_stock
 from hf_earlyexit.grid import Cell, Grid
 from hf_earlyexit.heat_map import full_depth_choices
 from hf_earlyexit.metrics import rouge_scores
 from hf_earlyexit.oracle import oracle_exits
+from hf_earlyexit.partition import Partition
 from hf_earlyexit.report import check_results
 from hf_earlyexit.stock import stock_generate, stock_of
 from hf_earlyexit.timing import Times, measure, spread, take_turns
 from hf_earlyexit.writing import Text, Writing
+from tests.certificates import certificate_for
+from tests.parts import drawn
 from tests.shortly import time_shortly
 from tests.tiny import tiny_inputs, tiny_pair
 
@@ -42,7 +46,7 @@ def shipped():
 
 @pytest.fixture(scope="module")
 def examples() -> list[Example]:
-    return in_random_order(default_examples()[:5])
+    return Partition().keep(drawn(default_examples(), explore=2, select=3))
 
 
 @pytest.fixture(scope="module")
@@ -248,6 +252,22 @@ def test_nothing_good_enough_is_shown_at_its_most_conservative(shipped, examples
     grid = Grid({"state": [0.0, 0.9, 0.5], "softmax": [0.1]}, batch_sizes=[1], rounds=2, points=-100)
     found = evaluate_model(*shipped, examples[:2], grid, generation=DECODING)
     assert {one["name"] for one in found["examples"]} == {"state 0.9"}
+
+
+def test_a_report_is_of_inputs_that_the_certificate_has_not_seen(shipped):
+    """Also of a certificate whose parts were other ones."""
+    given = drawn(default_examples(), select=2, calibrate=2, report=4)
+    certificate = certificate_for(shipped[0], {"exit_criterion": "softmax", "exit_threshold": 0.5})
+    report = [one for one in given if Partition().part_of(one.unit) == "report"]
+    seen = {"select": [short_hash(given[0])], "calibrate": [*map(short_hash, report[:3])], "report": []}
+    old = replace(certificate, split={"counts": {}, "hashes": seen}, partition=None)
+    read = partial(inputs_to_read, given, partition=Partition(), certificate=old)
+    assert read(parts=["report"]) == report[3:]
+    assert {*read(parts=["select"])} == {*given[:2]}, "to look again at what was looked at"
+    assert len(inputs_to_read(given, ["report"], Partition(), None)) == 4
+    seen["calibrate"].append(short_hash(report[3]))
+    with pytest.raises(ValueError, match="certificate has seen all 4 inputs of the report part"):
+        read(parts=["report"])
 
 
 def test_without_sacrebleu_there_is_no_bleu(monkeypatch):

@@ -10,6 +10,7 @@ import torch
 from transformers import AutoTokenizer, T5ForConditionalGeneration
 
 from hf_earlyexit import EarlyExitConfig, EarlyExitT5ForConditionalGeneration
+from hf_earlyexit.data import Example, short_hash
 from hf_earlyexit.default import CHECKPOINT
 from tests.scripts import Ran, run_script
 from tests.test_data import write
@@ -31,7 +32,8 @@ def folder(tmp_path_factory) -> Path:
 
 def run(folder: Path, *options: str) -> Ran:
     files = ("--train_file", "train.csv", "--validation_file", "validation.csv", "--model", "plain")
-    return run_script("fit_shortcuts.py", *files, *options, cwd=folder)
+    parts = ("--validation_parts", "explore", "select", "calibrate", "report")
+    return run_script("fit_shortcuts.py", *files, *parts, *options, cwd=folder)
 
 
 @pytest.mark.parametrize("own_texts", (False, True))
@@ -50,6 +52,8 @@ def test_it_fits_measures_and_saves(folder, own_texts):
             assert 0 <= share["low"] <= share["mean"] <= share["high"] <= 1
     model = EarlyExitT5ForConditionalGeneration.from_pretrained(folder / "fitted")
     assert model.early_exit == EarlyExitConfig((2, 4), ("shortcut", "shortcut"))
+    read = {short_hash(Example(f"describe:{row['article']}")) for row in articles(6, start=5)}
+    assert read <= model.seen_inputs.by["training"], "what it was measured on, too"
     assert (model.exit_heads.heads["2"].map.weight - torch.eye(32)).abs().max() > 0.01
     plain = T5ForConditionalGeneration.from_pretrained(folder / "plain").state_dict()
     assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in plain.items())

@@ -13,7 +13,7 @@ from hf_earlyexit import EarlyExitConfig, EarlyExitT5ForConditionalGeneration
 from hf_earlyexit.calibration import calibrate
 from hf_earlyexit.candidates import Candidate
 from hf_earlyexit.certificate import FILE
-from hf_earlyexit.data import Example, split_by_unit
+from hf_earlyexit.data import Example
 from hf_earlyexit.default import default_examples, load_default
 from hf_earlyexit.loss_table import LossTable
 from hf_earlyexit.metrics import rouge_scores, textual_consistency
@@ -21,6 +21,7 @@ from hf_earlyexit.model_calibration import NONE_FASTER, NONE_SAFE, Use, calibrat
 from hf_earlyexit.promise import Promise
 from hf_earlyexit.search import Search, pareto_front
 from hf_earlyexit.stock import stock_of
+from tests.parts import drawn
 
 
 DECODING = {"max_new_tokens": 8}
@@ -37,7 +38,7 @@ def shipped():
 
 @pytest.fixture(scope="module")
 def examples() -> list[Example]:
-    return default_examples()[:60]
+    return drawn(default_examples(), select=12, calibrate=24, report=24)
 
 
 @pytest.fixture(scope="module")
@@ -63,9 +64,10 @@ def losses_of(shipped, examples, setting) -> list[float]:
 
 
 def test_what_is_tested_is_what_direct_calls_write(shipped, examples, found):
-    certificate, parts = found.certificate, split_by_unit(examples, SEARCH.shares)
+    certificate, parts = found.certificate, SEARCH.partition.split(examples)
     assert {name: len(part) for name, part in parts.items()} == certificate.split["counts"]
-    assert certificate.split["counts"] == {"select": 12, "calibrate": 24, "report": 24} and certificate.n == 24
+    assert certificate.split["counts"] == {"explore": 0, "select": 12, "calibrate": 24, "report": 24}
+    assert certificate.n == 24 and certificate.partition == SEARCH.partition.described()
     losses = np.array(
         [losses_of(shipped, parts["calibrate"], one.keywords) for one in found.tables["calibrate"].candidates]
     )
@@ -149,7 +151,7 @@ def test_several_finalists_share_delta(shipped, examples, written):
 
 def test_reference_losses_are_signed_and_of_all_references(shipped, examples, written):
     found = calibrate_model(*shipped, examples, Promise(0.5, "rougeL_drop"), USE, SEARCH, path=written)
-    part = split_by_unit(examples, SEARCH.shares)["calibrate"]
+    part = SEARCH.partition.split(examples)["calibrate"]
     candidate = found.tables["calibrate"].candidates[-1]
     pairs = zip(texts_of(shipped, part, early_exit=False), texts_of(shipped, part, **candidate.keywords), part)
     rouge = lambda text, one: rouge_scores(text, one.references)["rougeL"]  # noqa: E731
@@ -289,9 +291,10 @@ def test_what_costs_no_less_than_full_depth_is_not_used(shipped, examples, writt
 
 def test_a_batch_is_one_unit_where_rows_wait(shipped, examples):
     use = Use(batch_size=3, exits={"batch_exit": "batch"}, generation=DECODING)
-    search = replace(SEARCH, curves={"softmax:2,4,6": [0.5]}, shares={"select": 0.1, "calibrate": 0.9, "report": 0.0})
-    found = calibrate_model(*shipped, examples[:54], Promise(0.8), use, search)
-    part = split_by_unit(examples[:54], search.shares)["calibrate"]
+    search = replace(SEARCH, curves={"softmax:2,4,6": [0.5]})
+    given = drawn(default_examples(), select=5, calibrate=49)
+    found = calibrate_model(*shipped, given, Promise(0.8), use, search)
+    part = search.partition.split(given)["calibrate"]
     assert len(part) == 49 and found.certificate.n == 16 and found.certificate.unit == "batch of 3 inputs"
     third = part[6:9]
     expected = np.mean(losses_of(shipped, third, found.certificate.setting))
@@ -300,7 +303,8 @@ def test_a_batch_is_one_unit_where_rows_wait(shipped, examples):
 
 
 def test_groups_are_units(shipped, examples):
-    pairs = [replace(one, group=f"pair {place // 2}") for place, one in enumerate(examples)]
+    pairs = [replace(one, group=f"pair {place // 2}") for place, one in enumerate(default_examples()[:120])]
+    pairs = drawn(pairs, select=4, calibrate=24)
     search = replace(SEARCH, curves={"softmax:2,4,6": [0.5]})
     found = calibrate_model(*shipped, pairs, Promise(0.8), USE, search)
     assert found.certificate.n == 12 and found.certificate.unit == "group of inputs"
@@ -324,7 +328,7 @@ def test_the_model_is_left_as_it_is_and_what_it_stores_plays_no_part(shipped, ex
         setattr(model.generation_config, name, value)
     before = model.generation_config.to_dict()
     certificate = calibrate_model(model, tokenizer, examples, LAX, USE, SEARCH, data_name="some").certificate
-    assert certificate == found.certificate
+    assert certificate == replace(found.certificate, attempts=None)  # no journal and no ledger counts here
     assert model.generation_config.to_dict() == before and model.exit_certificate is None
 
 
@@ -349,22 +353,13 @@ REFUSED = [
     ({"search": Search(curves={"softmax:9": [0.5]})}, "no exit points of this model"),
     ({"search": Search(curves={"softmax": []})}, "'softmax' has no threshold"),
     ({"search": Search(curves={"softmax": [1.5]})}, "in \\[0, 1\\], got 1.5"),
+    ({"draw": {"calibrate": 54, "report": 6}}, "A part has not one unit: of .*'select': 0"),
     (
-        {"search": Search(curves=CURVES, shares={"select": 0.0, "calibrate": 0.9, "report": 0.1})},
-        "A part has not one unit: of .*'select': 0",
-    ),
-    (
-        {
-            "use": Use(4, {"batch_exit": "batch"}),
-            "search": Search(CURVES, shares={"select": 0.05, "calibrate": 0.9, "report": 0}),
-        },
+        {"use": Use(4, {"batch_exit": "batch"}), "draw": {"select": 3, "calibrate": 54}},
         "A part has not one unit: of .*'select': 3",
     ),
     (
-        {
-            "use": Use(4, {"batch_exit": "batch"}),
-            "search": Search(CURVES, shares={"select": 0.1, "calibrate": 0.85, "report": 0.05}),
-        },
+        {"use": Use(4, {"batch_exit": "batch"}), "draw": {"select": 6, "calibrate": 54, "report": 3}},
         "A part has not one unit: of .*'report': 3",
     ),
     ({"repeat": True}, "repeats 1 of 61 inputs"),
@@ -377,7 +372,8 @@ def test_what_cannot_be_calibrated_is_refused_before_any_work(shipped, examples,
     model, tokenizer = shipped
     monkeypatch.setattr(type(model), "generate", lambda *args, **kwargs: pytest.fail("something was generated"))
     monkeypatch.setattr(model, "training", changes.get("training", False))
-    given = examples[: changes.get("examples")]
+    given = drawn(default_examples(), **changes["draw"]) if "draw" in changes else examples
+    given = given[: changes.get("examples")]
     given = given + given[:1] if changes.get("repeat") else given
     given = given if changes.get("references", True) else [replace(one, references=()) for one in given]
     promise, use = changes.get("promise", Promise(0.1)), changes.get("use", USE)
@@ -393,8 +389,6 @@ def test_what_cannot_be_calibrated_is_refused_before_any_work(shipped, examples,
         ({"finalists": 2}, "`finalists=2` goes with `order='threshold'`"),
         ({"finalists": 0, "order": "threshold"}, "`finalists` must be a whole number of at least 1, got 0"),
         ({"rounds": 1}, "`rounds`.*at least 2, got 1"),
-        ({"shares": {"calibrate": 1.0}}, "`shares` must be numbers for"),
-        ({"shares": {"select": 0.5, "calibrate": 0.5, "report": 0.1}}, "together at most 1"),
     ],
 )
 def test_searches_that_are_none(arguments, message):

@@ -20,6 +20,7 @@ from hf_earlyexit import (
 from hf_earlyexit.certificate import Certificate
 from hf_earlyexit.default import default_examples, load_default
 from tests import test_certified_use, test_changed_modules, test_changed_weights
+from tests.parts import drawn
 from tests.test_mutations import swapped
 
 
@@ -49,7 +50,7 @@ measured_batches = test_certified_use.rows_that_wait_are_covered_at_their_number
 def disagreements():
     with pytest.MonkeyPatch.context() as patch:
         test_certified_use.go_wrong(patch)
-        test_certified_use.disagreements_count(load_default(), default_examples()[: test_certified_use.INPUTS])
+        test_certified_use.disagreements_count(load_default(), drawn(default_examples(), **test_certified_use.INPUTS))
 
 
 def does_not_count_steps(monkeypatch):

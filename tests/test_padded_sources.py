@@ -7,8 +7,8 @@ import copy
 import pytest
 import torch
 
-from hf_earlyexit.data import split_by_unit
 from hf_earlyexit.default import default_examples, load_default
+from hf_earlyexit.partition import Partition
 
 
 PADDINGS = {
@@ -24,7 +24,7 @@ def test_prepared_writes_what_plain_writes(padding):
     model, tokenizer = load_default()
     prepared = copy.copy(model).prepare_for_generation()
     exits = {"exit_criterion": "classifier", "exit_threshold": 0.9, "return_dict_in_generate": True}
-    for example in split_by_unit(default_examples(), {"all": 1.0})["all"][:40]:
+    for example in Partition().in_order(default_examples(), 40):
         inputs = tokenizer([example.source], return_tensors="pt", **PADDINGS[padding])
         assert not inputs["attention_mask"].all()
         plain, other = (one.generate(**inputs, **exits, output_logits=True) for one in (model, prepared))

@@ -19,6 +19,7 @@ from tests.test_train_exits import articles
 SCRIPT = Path(__file__).parent.parent / "scripts/pretrain_t5.py"
 SHAPE = "--vocab_size 40 --encoder_layers 3 --decoder_layers 3 --d_model 16 --d_ff 24 --num_heads 2"
 QUICK = "--per_device_train_batch_size 4 --learning_rate 1e-2 --report_to none --use_cpu --max_target_tokens 8"
+QUICK += " --validation_parts explore select calibrate report"
 
 
 def run(folder: Path, *options: str, shape: str = SHAPE) -> Ran:
@@ -56,6 +57,8 @@ def test_a_plain_t5_of_texts(folder):
     options = "--output_dir further --max_steps 1 --start_from straight --denoising_words 3 --scaled_steps"
     further = run(folder, *options.split(), shape="")
     assert further.returncode == 0, further.stderr[-3000:]
+    seen = [EarlyExitT5ForConditionalGeneration.from_pretrained(folder / name) for name in ("straight", "further")]
+    assert seen[0].seen_inputs == seen[1].seen_inputs and seen[0].seen_inputs.by["training"]
     assert AutoTokenizer.from_pretrained(folder / "further").get_vocab() == tokenizer.get_vocab()
     weights = AutoModelForSeq2SeqLM.from_pretrained(folder / "further").state_dict()
     changes = [((weights[name] - weight).norm() / weight.norm()).item() for name, weight in model.state_dict().items()]

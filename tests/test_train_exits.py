@@ -15,6 +15,7 @@ from huggingface_hub import ModelCard
 from transformers import AutoTokenizer, HfArgumentParser, T5ForConditionalGeneration
 
 from hf_earlyexit import EarlyExitConfig, EarlyExitT5ForConditionalGeneration
+from hf_earlyexit.data import Example, short_hash
 from hf_earlyexit.default import CHECKPOINT
 from hf_earlyexit.objectives import (
     ExitClassifiers,
@@ -35,6 +36,7 @@ from tests.tiny import NUM_LAYERS, tiny_config
 SCRIPT = Path(__file__).parent.parent / "scripts/train_exits.py"
 WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "and", "goes", "home"]
 QUICK = "--max_steps 2 --per_device_train_batch_size 4 --learning_rate 1e-2 --report_to none --use_cpu"
+QUICK += " --validation_parts explore select calibrate report"
 
 
 def articles(count: int, start: int = 0) -> list[dict]:
@@ -93,6 +95,8 @@ def test_the_first_stage_says_what_it_measured_and_saves(first_stage, folder):
     assert metrics["validation_inputs"] == 5 and "always_2_loss" not in metrics, "six rows"
     model = EarlyExitT5ForConditionalGeneration.from_pretrained(folder / "exits")
     assert model.early_exit == EarlyExitConfig((2, 4), ("norm", "norm"))
+    read = {Example(f"summarize: {row['article']}") for row in (*articles(12), *articles(6, start=5))}
+    assert model.seen_inputs.by == {"training": {short_hash(one) for one in read}} and first_stage["left_out"] == 0
     assert model.generation_config.max_new_tokens is None, "what was set to evaluate is not what was saved"
     assert json.loads((folder / "exits/tokenizer.json").read_text())["truncation"] is None
     card = (folder / "exits/README.md").read_text()

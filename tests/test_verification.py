@@ -8,13 +8,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from hf_earlyexit.data import Example, split_by_unit
+from hf_earlyexit.data import Example
 from hf_earlyexit.default import default_examples, load_default
 from hf_earlyexit.losses import LOSSES
 from hf_earlyexit.model_calibration import Use, calibrate_model
 from hf_earlyexit.promise import Promise
 from hf_earlyexit.search import Search
 from hf_earlyexit.verification import _p_value_of_the_promise, verify_certificate
+from tests.parts import drawn
 
 
 SEARCH = Search(curves={"softmax:2,4,6": [0.5, 0.9], "classifier": [0.9, 0.5]}, order="threshold", cost="layers")
@@ -27,7 +28,7 @@ def shipped():
 
 @pytest.fixture(scope="module")
 def examples() -> list[Example]:
-    return default_examples()[:60]
+    return drawn(default_examples(), select=12, calibrate=24, report=24)
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +46,7 @@ def test_verification_is_of_new_inputs_only(shipped, examples, found):
     assert not checked.refuted and checked.differences == [] and "kept here" in checked.in_words()
     with pytest.raises(ValueError, match="has 0 inputs that the certificate has not seen"):
         verify_certificate(
-            *shipped, split_by_unit(examples, SEARCH.shares)["select"], LOSSES["text_distance"], found.certificate
+            *shipped, SEARCH.partition.split(examples)["select"], LOSSES["text_distance"], found.certificate
         )
 
 

@@ -1,0 +1,202 @@
+"""What a checkpoint has seen is not tested on, and how often a promise was tried on the same inputs is counted."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from hf_earlyexit import EarlyExitT5ForConditionalGeneration, model_calibration
+from hf_earlyexit.certificate import FILE, Certificate
+from hf_earlyexit.data import Example, short_hash
+from hf_earlyexit.default import default_examples, load_default
+from hf_earlyexit.ledger import FILE as LEDGER
+from hf_earlyexit.ledger import Attempt, Ledger
+from hf_earlyexit.losses import LOSSES
+from hf_earlyexit.model_calibration import Use, calibrate_model
+from hf_earlyexit.partition import Partition
+from hf_earlyexit.promise import Promise
+from hf_earlyexit.search import Search
+from hf_earlyexit.seen_inputs import FILE as SEEN
+from hf_earlyexit.seen_inputs import IN_CONFIG, SeenInputs
+from hf_earlyexit.verification import verify_certificate
+from tests.certificates import certificate_for
+from tests.parts import drawn
+from tests.tiny import tiny_pair
+
+
+SETTING = {"exit_criterion": "softmax", "exit_threshold": 0.5}
+SEARCH = Search(curves={"softmax:2,4": [0.9, 0.5]}, order="threshold", cost="layers")
+USE = Use(generation={"max_new_tokens": 8})  # fewer tokens, and the two of the select part are the same text
+
+
+def examples() -> list[Example]:
+    return drawn(default_examples(), select=2, calibrate=12, report=2)
+
+
+# --- seen inputs ----------------------------------------------------------------------------------------------------
+
+
+def test_what_was_seen_goes_with_the_checkpoint(tmp_path):
+    _, model = tiny_pair("tied", 1, torch.float32)
+    model.save_pretrained(tmp_path / "none")
+    assert not (tmp_path / "none" / SEEN).exists()
+    model.record_seen("training", ["a", "b"])
+    model.record_seen("criteria", ["c"])
+    model.record_seen("training", ["b", "d"])
+    model.save_pretrained(tmp_path / "one")
+    loaded = EarlyExitT5ForConditionalGeneration.from_pretrained(tmp_path / "one")
+    assert loaded.seen_inputs == model.seen_inputs and {*loaded.seen_inputs.by} == {"training", "criteria"}
+    assert loaded.seen_inputs.by["training"] == {short_hash(Example(one)) for one in "abd"}
+    loaded.save_pretrained(tmp_path / "two")
+    assert (tmp_path / "two" / SEEN).read_text() == (tmp_path / "one" / SEEN).read_text()
+    loaded.save_stock(tmp_path / "stock")
+    from_stock = EarlyExitT5ForConditionalGeneration.from_pretrained(tmp_path / "stock")
+    assert from_stock.seen_inputs == model.seen_inputs, "a plain checkpoint has seen what it has seen"
+
+
+def test_a_file_that_is_missing_or_none_is_refused(tmp_path):
+    _, model = tiny_pair("tied", 1, torch.float32)
+    model.record_seen("training", ["a"])
+    assert getattr(model.config, IN_CONFIG) == SEEN
+    model.save_pretrained(tmp_path)
+    for text, message in (
+        ("{", f"{SEEN}: not JSON"),
+        ("[]", "does not list seen inputs"),
+        ('{"format": 1, "by": []}', "does not list seen inputs"),
+        ('{"format": 1, "by": {"training": "abcd"}}', "must be an object of lists of hashes"),
+        ('{"format": 1, "by": {"training": [[]]}}', "must be an object of lists of hashes"),
+        ('{"format": 2, "by": {}}', "has format 2, known is 1"),
+    ):
+        (tmp_path / SEEN).write_text(text)
+        with pytest.raises(ValueError, match=message):
+            EarlyExitT5ForConditionalGeneration.from_pretrained(tmp_path)
+    (tmp_path / SEEN).unlink()
+    with pytest.raises(ValueError, match=f"{SEEN} lists the inputs that were trained on, and the file is not there"):
+        EarlyExitT5ForConditionalGeneration.from_pretrained(tmp_path)
+
+
+def what_was_seen_is_not_tested_on() -> None:
+    """Neither by calibrating nor by verifying; what may be looked at may have been trained on."""
+    model, tokenizer = load_default()
+    given = examples()
+    for part, kept in Partition().split(given).items():
+        for by in ("training", "criteria"):
+            model.seen_inputs = SeenInputs().plus(by, [one.source for one in kept])
+            if part in ("calibrate", "report"):
+                message = f"has seen inputs of the calibrate and report parts before .{len(kept)} by {by}, of 14.*give"
+                with pytest.raises(ValueError, match=message):
+                    calibrate_model(model, tokenizer, given, Promise(0.9), USE, SEARCH)
+    certificate = certificate_for(model, SETTING)
+    with pytest.raises(ValueError, match="seen inputs of the verification before .2 by criteria, of 16"):
+        verify_certificate(model, tokenizer, given, LOSSES["text_distance"], replace(certificate, loss=LOSS))
+
+
+LOSS = {"name": "text_distance", "lower": 0.0, "upper": 1.0}
+
+
+def test_what_was_seen_is_not_tested_on(monkeypatch):
+    monkeypatch.setattr(EarlyExitT5ForConditionalGeneration, "generate", lambda *args, **kwargs: pytest.fail("wrote"))
+    what_was_seen_is_not_tested_on()
+
+
+@pytest.mark.once
+def test_the_law_notices(monkeypatch):
+    class Written(Exception):
+        pass
+
+    def write(*args, **kwargs):
+        raise Written
+
+    monkeypatch.setattr(EarlyExitT5ForConditionalGeneration, "generate", write)
+    monkeypatch.setattr(SeenInputs, "refuse", lambda self, examples, what: None)
+    with pytest.raises(Written):
+        what_was_seen_is_not_tested_on()
+
+
+# --- the ledger -----------------------------------------------------------------------------------------------------
+
+
+def test_attempts_on_the_same_inputs_are_counted_in_order(tmp_path):
+    one, two, other = [Example("a")], [Example("a"), Example("b")], [Example("b")]
+    first = Attempt.on(two, "salt", {"target": 0.1})
+    second = Attempt.on(two[::-1], "salt", {"target": 0.2})
+    ledger = Ledger(tmp_path)
+    assert first.earlier(ledger.attempts) == 0
+    ledger.add(first)
+    assert first.earlier(ledger.attempts) == 0, "the same question again is the same test"
+    assert second.earlier(ledger.attempts) == 1
+    for elsewhere in (Attempt.on(one, "salt", {}), Attempt.on(other, "salt", {}), Attempt.on(two, "pepper", {})):
+        assert elsewhere.earlier(ledger.attempts) == 0
+    ledger.add(second)
+    again = Ledger(tmp_path)
+    assert again.attempts == [first, second] and first.earlier(again.attempts) == 0
+    assert second.earlier(again.attempts) == 1
+
+
+def test_folders_tell_each_other(tmp_path):
+    source, out = tmp_path / "source", tmp_path / "out"
+    source.mkdir()
+    attempts = [Attempt.on([Example("a")], "salt", {"target": target}) for target in (1, 2, 3)]
+    Ledger(source).add(attempts[0])
+    ledger = Ledger(source, out)
+    ledger.add(attempts[1])
+    assert not out.exists(), "a folder is not made before there is anything to save"
+    out.mkdir()
+    ledger.write()
+    assert (out / LEDGER).read_text() == (source / LEDGER).read_text() and len(Ledger(out).attempts) == 2
+    Ledger(out).add(attempts[2])
+    assert Ledger(source, out).attempts == attempts
+    for text, message in (
+        ("nothing", "line 1: not JSON"),
+        ('{"inputs": "a"}', "line 1: a ledger of certificates has .*: move the file away"),
+        ('{"inputs": ["a"], "salt": "b", "question": "c"}', "line 1: a ledger of certificates has"),
+    ):
+        (source / LEDGER).write_text(text)
+        with pytest.raises(ValueError, match=message):
+            Ledger(source)
+
+
+def attempts_are_counted(tmp_path) -> None:
+    """By the journal, by the folder, or by neither."""
+    (model, tokenizer), given, targets = load_default(), examples(), (0.9, 0.8, 0.9)
+    journal, folder = tmp_path / "journal", tmp_path / "checkpoint"
+    folder.mkdir(parents=True)
+
+    def made(target: float, **kept) -> Certificate:
+        return calibrate_model(model, tokenizer, given, Promise(target), USE, SEARCH, **kept).certificate
+
+    assert [made(target, path=journal).attempts for target in targets] == [0, 1, 0]
+    assert made(0.7, path=journal, ledger=Ledger(folder)).attempts == 2
+    assert made(0.7, ledger=Ledger(folder)).attempts == 0, "as far as this folder knows"
+    text = replace(made(0.8, path=journal)).in_words()
+    assert "On the same calibration inputs an earlier certificate was tested, which the confidence does" in text
+
+
+@pytest.mark.once
+def test_attempts_are_counted(tmp_path):
+    attempts_are_counted(tmp_path)
+
+
+@pytest.mark.once
+def test_the_count_of_attempts_is_missed(tmp_path, monkeypatch):
+    monkeypatch.setattr(model_calibration.Attempt, "earlier", lambda self, attempts: 0)
+    with pytest.raises(AssertionError):
+        attempts_are_counted(tmp_path)
+
+
+# --- certificates of before -----------------------------------------------------------------------------------------
+
+
+def test_a_certificate_without_a_salt_loads_and_says_so(tmp_path):
+    _, model = tiny_pair("tied", 1, torch.float32)
+    certificate = certificate_for(model, SETTING)
+    values = json.loads(certificate.save(tmp_path).read_text())
+    del values["partition"], values["attempts"]
+    (tmp_path / FILE).write_text(json.dumps(values))
+    old = Certificate.load(tmp_path / FILE)
+    assert old.partition is None and old.attempts is None
+    assert "The inputs were split without a salt" in old.in_words() != certificate.in_words()
+    assert "salt" not in certificate.in_words()
