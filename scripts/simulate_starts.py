@@ -138,7 +138,7 @@ def line(order: str, starts: int, found: Found) -> str:
     return f"| {order} | {starts} | {found.failures:.3f} | {found.something:.3f} | {found.cost:.3f} |"
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--draws", type=positive, default=1000, metavar="N", help="of calibration inputs (1000)")
@@ -147,7 +147,7 @@ def main() -> None:
         "--select", type=positive, default=109, metavar="N", help="other inputs that give the order (109)"
     )
     parser.add_argument("--losses", type=Path, metavar="FILE", help="recorded losses")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     with refusals(parser.prog):
         populations = recorded(arguments.losses) if arguments.losses else {}
     for one in lines(arguments, populations):

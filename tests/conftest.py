@@ -37,17 +37,31 @@ LAWS = (
 )
 
 # `pytest -m once` runs what says as much under one release of transformers and on one machine as on all: mutations,
-# which show that the laws notice, and what is computed of texts, however they were generated. `.ci/run` runs it once.
-# Notebooks, benchmarks and tests of several processes are marked so where they stand.
+# which show that the laws notice; what is computed of texts, losses and times, however they came about; the pages of
+# the documentation. `.ci/run` runs it once. Notebooks, benchmarks and tests of several processes are marked so where
+# they stand.
 ONCE = (
+    "test_calibration",
+    "test_docs",
+    "test_figures",
     "test_fixed_sequence",
+    "test_fuzz_readers",
+    "test_fuzz_verbs",
     "test_guarantee",
+    "test_losses",
     "test_model_calibration",
     "test_mutations",
     "test_mutations_of_modules",
     "test_mutations_of_promises",
     "test_mutations_of_speed",
     "test_partition",
+    "test_report",
+    "test_report_certificate",
+    "test_roofline",
+    "test_simulation",
+    "test_time_model",
+    "test_timed_walk",
+    "test_tuning",
     "test_verification",
 )
 
@@ -58,10 +72,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    """With `-m gpu`, files without such tests are not imported, so that their extras need not be installed."""
-    if config.getoption("markexpr") != "gpu" or not re.fullmatch(r"test_\w+\.py", collection_path.name):
+    """With `-m gpu`, `-m law` or `-m once`, files without such tests are not imported: that takes as long as many
+    tests, and the extras of others need not be installed."""
+    marker = (config.getoption("markexpr").split() or [""])[0]
+    if marker not in ("gpu", "law", "once") or not re.fullmatch(r"test_\w+\.py", collection_path.name):
         return None
-    return True if "mark.gpu" not in collection_path.read_text(encoding="utf-8") else None
+    listed = {"law": LAWS, "once": ONCE}.get(marker, ())
+    is_marked = collection_path.stem in listed or f"mark.{marker}" in collection_path.read_text(encoding="utf-8")
+    return None if is_marked else True
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -144,7 +144,7 @@ def lengths_of(exit_points) -> set[int]:
     return {length for some in parts for length in some if length}
 
 
-@pytest.mark.parametrize("exit_layers", [[1, 2, 3, 4, 5], [2, 4], [1, 4]])
+@pytest.mark.parametrize("exit_layers", [[1, 2, 3, 4, 5], pytest.param([2, 4], marks=pytest.mark.slow), [1, 4]])
 def test_few_graphs_and_none_anew_over_200_steps(exit_layers, captured):
     _, model = tiny_pair("untied", 0, early_exit=EarlyExitConfig(exit_layers))
     depths = [*exit_layers, NUM_LAYERS]

@@ -6,12 +6,10 @@
 from __future__ import annotations
 
 import csv
-import gzip
 import io
 import json
 
 import pytest
-from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as some
 
 from hf_earlyexit.certificate import Certificate
@@ -19,74 +17,13 @@ from hf_earlyexit.cli_data import read_examples
 from hf_earlyexit.cli_generate import read_records
 from hf_earlyexit.cli_speed import read_time_model
 from hf_earlyexit.failures import is_users, one_line
+from hf_earlyexit.ledger import FILE, Ledger
+from hf_earlyexit.partition import Partition
 from hf_earlyexit.recorded_exits import read_exits
 from hf_earlyexit.report import read_results
-from hf_earlyexit.tables import READERS, read_file
-
-
-FEW, MANY = 15, 2000
-ENCODINGS = ("utf-8", "utf-8-sig", "latin-1", "utf-16", "cp1252")
-NAMES = some.sampled_from(("input", "target", "text", "mr", "ref", "", " input", "id", "output"))
-TEXTS = some.text(max_size=12) | some.sampled_from(
-    (
-        "007",
-        "3.8",
-        "None",
-        "NA",
-        "",
-        '"',
-        'a"b',
-        "a,b",
-        "a\tb",
-        "a\r\nb",
-        "\ufeff",
-        "\u2028",
-        "\x00",
-        "é",
-        "\ud83d",
-        "{",
-        "[",
-    )
-)
-SCALARS = some.none() | some.booleans() | some.integers() | some.floats() | TEXTS
-VALUES = some.recursive(
-    SCALARS,
-    lambda inner: some.lists(inner, max_size=3) | some.dictionaries(NAMES | TEXTS, inner, max_size=3),
-    max_leaves=8,
-)
-RECORDS = some.lists(some.dictionaries(NAMES, VALUES, max_size=4), max_size=4)
-ROWS = some.lists(some.lists(TEXTS, max_size=4), max_size=5)
-
-
-def as_delimited(rows, delimiter: str, quoting: int, ends: str) -> str:
-    stream = io.StringIO()
-    try:
-        csv.writer(stream, delimiter=delimiter, quoting=quoting, lineterminator=ends, escapechar="\\").writerows(rows)
-    except csv.Error:  # one empty cell, unquoted
-        return ""
-    return stream.getvalue()
-
-
-DELIMITED = some.builds(
-    as_delimited,
-    ROWS,
-    some.sampled_from((",", "\t", ";")),
-    some.sampled_from((csv.QUOTE_ALL, csv.QUOTE_MINIMAL, csv.QUOTE_NONE)),
-    some.sampled_from(("\n", "\r\n", "\r")),
-)
-JSON = some.builds(json.dumps, VALUES | RECORDS, ensure_ascii=some.booleans())
-JSON_LINES = some.builds(
-    lambda records, ends: ends.join(map(json.dumps, records)), RECORDS, some.sampled_from(("\n", "\r\n", "\n\n"))
-)
-WRITTEN = some.builds(
-    lambda text, encoding, cut: text.encode(encoding, errors="replace")[: cut or None],
-    DELIMITED | JSON | JSON_LINES | TEXTS,
-    some.sampled_from(ENCODINGS),
-    some.just(0) | some.integers(1, 40),
-)
-CONTENTS = (
-    some.binary(max_size=60) | WRITTEN | WRITTEN.map(gzip.compress) | WRITTEN.map(gzip.compress).map(lambda b: b[:-3])
-)
+from hf_earlyexit.seen_inputs import SeenInputs
+from hf_earlyexit.tables import read_file
+from tests.strange_files import CONTENTS, FEW, LINES, MANY, NAMES, PROPER, SUFFIXES, try_many
 
 
 class Arguments:
@@ -121,10 +58,13 @@ def try_all_readers(folder, content: bytes, suffix: str) -> None:
     refused(read_file, path)
     for told in ({}, {"group_by": "id"}, {"source_column": "text", "target_column": "text"}):
         for unique in (True, False):
-            refused(lambda told=told, unique=unique: read_examples(Arguments(path, **told), unique=unique))
-    for read in (read_exits, read_results, Certificate.load):
+            arguments = Arguments(path, **told)
+            refused(lambda arguments=arguments, unique=unique: read_examples(arguments, Partition(), unique=unique))
+    for read in (read_exits, read_results, Certificate.load, SeenInputs.load):
         refused(read, path)
     refused(read_time_model, Arguments(path), None)
+    (folder / FILE).write_bytes(content)
+    refused(Ledger, folder)
 
 
 def read_back(folder, rows: list[list[str]], quoting: int, ends: str, suffix: str) -> None:
@@ -152,9 +92,6 @@ def lines_back(folder, lines: list[str], ends: str) -> None:
     assert read_records(str(path), None) == [{"input": line} for line in lines]
 
 
-PROPER = some.text(some.characters(exclude_categories=("Cs",)), max_size=12)
-LINES = PROPER.map(lambda text: text.translate({10: None, 13: None, 0xFEFF: None})).filter(str.strip)
-SUFFIXES = some.sampled_from((*READERS, *(f"{one}.gz" for one in READERS), ".txt", ".txt.gz"))
 TRIALS = {
     "any file": (try_all_readers, {"content": CONTENTS, "suffix": SUFFIXES}),
     "delimited": (
@@ -177,18 +114,12 @@ TRIALS = {
 }
 
 
-def fuzz(name: str, folder, examples: int) -> None:
-    trial, given_values = TRIALS[name]
-    how = settings(max_examples=examples, deadline=None, database=None, suppress_health_check=list(HealthCheck))
-    how(given(**given_values)(lambda **values: trial(folder, **values)))()
-
-
 @pytest.mark.parametrize("name", TRIALS)
 def test_files_are_read_as_they_are_or_refused_in_one_line(name, tmp_path):
-    fuzz(name, tmp_path, FEW)
+    try_many(*TRIALS[name], tmp_path, FEW)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", TRIALS)
 def test_very_many_files_are_read_as_they_are_or_refused_in_one_line(name, tmp_path):
-    fuzz(name, tmp_path, MANY)
+    try_many(*TRIALS[name], tmp_path, MANY)

@@ -194,6 +194,7 @@ class ZeroLengths:
         self.lengths, self.device = [0] * cache.num_rows, cache.device
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("name", MUTATIONS)
 def test_a_mutation_breaks_a_law(name, monkeypatch):
     _, model = tiny_pair("untied", 1)
