@@ -24,7 +24,7 @@ from hf_earlyexit.cli_arguments import (
 )
 from hf_earlyexit.cli_data import add_data_arguments, add_partition_arguments, data_name, partition_of, read_examples
 from hf_earlyexit.json_text import read_json
-from hf_earlyexit.output_files import refuse_folder_of_model, refuse_overwriting
+from hf_earlyexit.output_files import folder_written_beside, refuse_folder_of_model, refuse_overwriting
 
 
 CALIBRATE = """\
@@ -181,18 +181,19 @@ def save(model, tokenizer, certificate, arguments: argparse.Namespace) -> None:
     from hf_earlyexit.card_sections import PROMISE, WORTH, promise_section, write_section
 
     model.certify(certificate)
-    source, folder = Path(model_path(arguments)), Path(arguments.output_dir)
-    if not is_early_exit_checkpoint(source):
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-        return
-    shutil.copytree(source, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(*LEFT_BEHIND))
-    model.config.save_pretrained(folder)  # with the certified dtype, in which it will be loaded
-    model.generation_config.save_pretrained(folder)
-    certificate.save(folder)
-    if (card := folder / "README.md").is_file():
-        write_section(card, PROMISE, promise_section(certificate))
-        write_section(card, WORTH, None)  # which speaks of an earlier certificate
+    source = Path(model_path(arguments))
+    with folder_written_beside(arguments.output_dir) as folder:
+        if not is_early_exit_checkpoint(source):
+            model.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+            return
+        shutil.copytree(source, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(*LEFT_BEHIND))
+        model.config.save_pretrained(folder)  # with the certified dtype, in which it will be loaded
+        model.generation_config.save_pretrained(folder)
+        certificate.save(folder)
+        if (card := folder / "README.md").is_file():
+            write_section(card, PROMISE, promise_section(certificate))
+            write_section(card, WORTH, None)  # which speaks of an earlier certificate
 
 
 def is_early_exit_checkpoint(folder: Path) -> bool:

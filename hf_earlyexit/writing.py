@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from hf_earlyexit.candidates import Candidate
 from hf_earlyexit.data import Example
 from hf_earlyexit.journal import Journal
+from hf_earlyexit.tokenizer import check_tokenizer
 
 
 WORK = ("layer_rows", "filled_positions", "head_rows")
@@ -54,6 +55,9 @@ class Writer:
         generation: Keywords of `generate` besides the exits, such as `max_new_tokens`.
         max_source_tokens: Longer inputs are cut; None: never.
         journal: Where batches are kept.
+
+    Raises:
+        ValueError: The tokenizer is another model's.
     """
 
     def __init__(
@@ -66,6 +70,7 @@ class Writer:
         max_source_tokens: int | None = None,
         journal: Journal | None = None,
     ):
+        check_tokenizer(tokenizer, model.config, type(model).__name__)
         self.model, self.tokenizer = model, tokenizer
         self.batch_size, self.max_source_tokens = batch_size, max_source_tokens
         self.generation = generation or {}

@@ -29,7 +29,7 @@ from hf_earlyexit.config import early_exit_config
 from hf_earlyexit.extras import require
 from hf_earlyexit.failures import reading, refusals
 from hf_earlyexit.model_card import TrainedExits, make_card
-from hf_earlyexit.output_files import refuse_folder_of_model
+from hf_earlyexit.output_files import folder_written_beside, refuse_folder_of_model
 from hf_earlyexit.seen_inputs import TRAINING
 from hf_earlyexit.shortcuts import (
     KIND,
@@ -146,19 +146,18 @@ def save(
     command: str,
 ) -> None:
     """Write the model, its tokenizer and its card."""
-    folder = Path(arguments.output_dir)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
     metrics = {f"after_exit_{layer}_agreement": one.agreement.share for layer, one in report.shortcut.items()}
     how = (
         f"`fit_shortcuts`, by least squares over {fit.tokens} tokens with `ridge={fit.ridge:g}`, in "
         f"{fit.seconds:.0f} s; agreement is measured on {report.tokens} tokens of validation inputs."
         f"\n\n```bash\n{command}\n```"
     )
-    trained = TrainedExits(
-        folder.name, folder.name, model.early_exit, model.config.num_decoder_layers, metrics, how, ABOUT
-    )
-    make_card(trained, ModelCardData(base_model=on_hub(arguments.model))).save(folder / "README.md")
+    name = Path(arguments.output_dir).name
+    trained = TrainedExits(name, name, model.early_exit, model.config.num_decoder_layers, metrics, how, ABOUT)
+    with folder_written_beside(arguments.output_dir) as folder:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        make_card(trained, ModelCardData(base_model=on_hub(arguments.model))).save(folder / "README.md")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,13 @@ import pytest
 
 from hf_earlyexit.cli import main
 from hf_earlyexit.default import CHECKPOINT
-from hf_earlyexit.output_files import refuse_folder_of_model, refuse_overwriting, write_text, written_beside
+from hf_earlyexit.output_files import (
+    folder_written_beside,
+    refuse_folder_of_model,
+    refuse_overwriting,
+    write_text,
+    written_beside,
+)
 from tests.command_line import errors_of
 
 
@@ -119,6 +125,34 @@ def test_a_file_takes_its_place_when_it_is_whole(tmp_path):
     assert not (tmp_path / "out.txt.partial").exists()
     write_text(os.devnull, "gone")
     assert not os.path.isfile(os.devnull)
+
+
+def test_a_folder_takes_its_place_when_it_is_whole(tmp_path):
+    place, beside = tmp_path / "out", tmp_path / "out.partial"
+    (place / "sub").mkdir(parents=True)
+    for name in ("config.json", "results.json", "sub/old"):
+        (place / name).write_text("old")
+    with pytest.raises(RuntimeError), folder_written_beside(place) as folder:
+        (folder / "config.json").write_text("half")
+        (folder / "stale").write_text("half")
+        raise RuntimeError
+    assert (place / "config.json").read_text() == "old" and beside.is_dir()
+    with folder_written_beside(place) as folder:
+        (folder / "sub").mkdir()
+        for name in ("config.json", "sub/new"):
+            (folder / name).write_text("new")
+    found = {str(file.relative_to(place)): file.read_text() for file in place.rglob("*") if file.is_file()}
+    assert found == {"config.json": "new", "results.json": "old", "sub/old": "old", "sub/new": "new"}
+    assert not beside.exists()
+    with folder_written_beside(tmp_path / "another") as folder:
+        (folder / "config.json").write_text("new")
+    assert [*(tmp_path / "another").iterdir()] == [tmp_path / "another/config.json"]
+
+
+def test_a_model_is_not_saved_where_another_is_in_writing(tmp_path):
+    (tmp_path / "out.partial").mkdir()
+    with pytest.raises(ValueError, match="the folder of the model"):
+        refuse_folder_of_model("--output-dir", tmp_path / "out", [tmp_path / "out.partial"])
 
 
 def test_a_run_that_was_cut_off_leaves_the_old_output(texts, monkeypatch, capsys):

@@ -9,8 +9,13 @@ import pytest
 from hf_earlyexit.candidates import curve_candidates, full_depth, static_decoders
 from hf_earlyexit.data import Example
 from hf_earlyexit.default import default_inputs, load_default
+from hf_earlyexit.evaluation import evaluate_model
+from hf_earlyexit.grid import Grid
 from hf_earlyexit.journal import Journal
+from hf_earlyexit.model_calibration import calibrate_model
+from hf_earlyexit.promise import Promise
 from hf_earlyexit.writing import WORK, Text, Writer
+from tests.tiny import tiny_pair
 
 
 EXAMPLES = [Example(text) for text in default_inputs()[:5]]
@@ -144,3 +149,15 @@ def test_what_cannot_be_compared_is_refused(shipped, generation, more, message):
     asked = generation | {"num_beams": 2} | more
     with pytest.raises(ValueError, match=message):
         Writer(*shipped, generation=asked).write(EXAMPLES[:1], full_depth(), "some")
+
+
+def test_a_tokenizer_of_another_model_is_refused_before_any_work(shipped, calls):
+    other = tiny_pair("tied")[1]
+    with pytest.raises(ValueError, match="EarlyExitT5.*the tokenizer has 8000 tokens, the model 97"):
+        Writer(other, shipped[1])
+    examples = [Example(f"text {number}", ("text",)) for number in range(200)]
+    with pytest.raises(ValueError, match="the tokenizer has 8000 tokens, the model 97"):
+        calibrate_model(other, shipped[1], examples, Promise(0.5))
+    with pytest.raises(ValueError, match="the tokenizer has 8000 tokens, the model 97"):
+        evaluate_model(other, shipped[1], examples, Grid())
+    assert calls == []
