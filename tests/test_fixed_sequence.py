@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -167,7 +168,9 @@ def test_the_error_rate_is_kept_in_every_order(simulation):
 
 
 def test_the_script_prints_a_table(tmp_path):
-    ran = run_script("simulate_starts.py", "--draws", "2", cwd=tmp_path)
-    assert ran.returncode == 0, ran.stderr
-    rows = ran.stdout.splitlines()
-    assert rows[0].startswith("| order of the risks | starts |") and len(rows) == 2 + 6 * 3
+    recorded = Path(__file__).parent / "data/shipped-losses.csv.gz"
+    for more, orders in (([], 6), (["--losses", str(recorded)], 6 + 2)):
+        ran = run_script("simulate_starts.py", "--draws", "2", *more, cwd=tmp_path)
+        assert ran.returncode == 0, ran.stderr
+        rows = ran.stdout.splitlines()
+        assert rows[0].startswith("| order of the risks | starts |") and len(rows) == 2 + orders * 3

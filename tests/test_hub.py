@@ -16,12 +16,15 @@ from huggingface_hub import ModelCard
 from transformers import AutoModelForSeq2SeqLM, T5ForConditionalGeneration
 
 from hf_earlyexit import ClassifierConfig, EarlyExitConfig, EarlyExitT5ForConditionalGeneration
+from hf_earlyexit.data import hash_of_input
+from hf_earlyexit.seen_inputs import FILE
 from tests import laws
 from tests.hub_stub import Hub, running_hub
 from tests.tiny import tiny_inputs, tiny_pair
 
 
 REPO = "someone/repo"
+SEEN = ["some input", "another"]
 CARD = ModelCard("---\nlicense: apache-2.0\ntags:\n- early-exit\n---\n\nIts tokens leave early.\n")
 EXITS = EarlyExitConfig(exit_layers=(1, 2, 4), heads="linear", classifier=ClassifierConfig(shared=False, trained=True))
 
@@ -32,6 +35,7 @@ EXITS = EarlyExitConfig(exit_layers=(1, 2, 4), heads="linear", classifier=Classi
 def push() -> dict:
     """Push a model, a card beside it, and the model once more with another threshold."""
     model = trained_looking_model()
+    model.record_seen("training", SEEN)
     says = {"first": said_by(model), "full depth": said_by(model, early_exit=False)}
     first = model.push_to_hub(REPO).oid
     with mock.patch.object(type(CARD), "validate"):  # which older clients ask the real Hub for, whatever its address
@@ -53,6 +57,7 @@ def load(first_commit: str) -> dict:
         "says": {name: said_by(model.eval()) for name, model in models.items()},
         "weights": {name: weights_of(model) for name, model in models.items()},
         "classes": {name: type(model).__name__ for name, model in models.items()},
+        "seen": {name: sorted(models[name].seen_inputs.by["training"]) for name in ("first", "last", "auto")},
         "card": ModelCard.load(REPO).content,
         "refusal": refusal_of("someone/else"),
     }
@@ -112,7 +117,7 @@ def test_a_pushed_model_is_the_model_that_loads(tmp_path):
         pushed = run_client(hub, tmp_path / "pushing", "push()")
         loaded = run_client(hub, tmp_path / "loading", f"load({pushed['first commit']!r})")
     _, files = hub.commit_of(REPO, "main")
-    assert set(files) == {"README.md", "config.json", "generation_config.json", "model.safetensors"}
+    assert set(files) == {"README.md", "config.json", "generation_config.json", "model.safetensors", FILE}
     assert files["model.safetensors"].large and list(hub.uploads) == [files["model.safetensors"].oid]
     assert f"GET /{REPO}/resolve/{pushed['first commit']}/model.safetensors" in hub.requests
 
@@ -122,6 +127,7 @@ def test_a_pushed_model_is_the_model_that_loads(tmp_path):
     assert says["first"] == expected["first"]
     assert says["last"] == says["auto"] == expected["last"]
     assert loaded["weights"]["last"] == loaded["weights"]["auto"] == pushed["weights"]
+    assert {*map(tuple, loaded["seen"].values())} == {tuple(sorted(map(hash_of_input, SEEN)))}
     assert says["plain"] == {"tokens": expected["full depth"]["tokens"], "layers_run": None}
 
     assert files["README.md"].content.decode() == loaded["card"] == CARD.content
