@@ -18,8 +18,7 @@ from hf_earlyexit.certificate import FILE, Certificate, CertificateWarning, call
 from hf_earlyexit.fingerprint import weights_fingerprint, weights_marks
 from hf_earlyexit.implementations import implementation_of
 from hf_earlyexit.library import file_if_there
-from hf_earlyexit.seen_inputs import FILE as SEEN_FILE
-from hf_earlyexit.seen_inputs import IN_CONFIG, SeenInputs
+from hf_earlyexit.seen_inputs import SeenInputs
 from hf_earlyexit.settings import CERTIFICATE, ExitSettings
 
 
@@ -75,8 +74,6 @@ class CertifiedMixin:
             sources: The inputs as the model reads them, with their prefix.
         """
         self.seen_inputs = self.seen_inputs.plus(by, sources)
-        if self.seen_inputs:
-            setattr(self.config, IN_CONFIG, SEEN_FILE)
 
     def _forget_certificate(self) -> None:
         for name in (*ExitSettings.names(), CERTIFICATE):
@@ -167,6 +164,7 @@ class CertifiedMixin:
         """As the library's; a certificate goes with it, unless the weights that are written are not the certified
         ones. They are read for that: not everything that writes to weights can be noticed.
         """
+        self.seen_inputs.name_in(self.config)
         certificate, saved = self.exit_certificate, self
         if certificate is not None and not self._has_weights_of(certificate, kwargs.get("state_dict")):
             warnings.warn(NOT_SAVED, CertificateWarning, stacklevel=3)

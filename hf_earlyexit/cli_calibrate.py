@@ -157,10 +157,10 @@ def calibrate(arguments: argparse.Namespace) -> int:
 
 
 def ledger_folders(arguments: argparse.Namespace) -> list[str]:
-    """Where earlier certificates are counted: the folder that is written, and the model's, if that may be written to.
-    The package's own stays as it is."""
-    own = arguments.model if arguments.model and Path(arguments.model).is_dir() else None
-    return [*([own] if own and os.access(own, os.W_OK) else []), arguments.output_dir]
+    """Where earlier certificates are counted: the model's folder and the one that is written. The package's own stays
+    as it is."""
+    own = [arguments.model] if arguments.model and Path(arguments.model).is_dir() else []
+    return [*own, arguments.output_dir]
 
 
 def exits_of(arguments: argparse.Namespace) -> dict[str, Any]:

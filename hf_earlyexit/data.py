@@ -51,7 +51,7 @@ class Example:
     Attributes:
         source: What the model reads.
         references: None where nobody wrote any.
-        group: Inputs that share it are one unit. Empty: the input is one by itself.
+        group: Inputs that share it are one unit. Empty: the input is one by itself, as if it were its own group.
     """
 
     source: str
@@ -104,8 +104,8 @@ def read_examples(
         source: The column with the inputs.
         target: The column with one reference each; None: there are none.
         prefix: Put before each input.
-        group_by: The column whose value says which rows belong together. Rows of a group with the same input are one
-            input with several references; a group of several inputs is one unit.
+        group_by: The column whose value, with the prefix, says which rows belong together. Rows of a group with the
+            same input are one input with several references; the group is the unit, however many inputs it has here.
 
     Raises:
         ValueError: A column is not there, a cell is no text, an input stands in several rows and `group_by` is None,
@@ -113,7 +113,10 @@ def read_examples(
     """
     _check_columns(dataset.column_names, source, target, group_by)
     pairs = column_pairs(dataset, source, target or source, prefix)
-    groups = _refuse_duplicates([text for text, _ in pairs]) if group_by is None else _group_labels(dataset, group_by)
+    if group_by is None:
+        groups = _refuse_duplicates([text for text, _ in pairs])
+    else:  # with the prefix, so that rows grouped by their input are units as they are without groups
+        groups = [prefix + label for label in _group_labels(dataset, group_by)]
     references: dict[str, list[str]] = {}
     group_of: dict[str, str] = {}
     for (text, reference), group in zip(pairs, groups, strict=True):
@@ -123,11 +126,15 @@ def read_examples(
                 f"{group!r}."
             )
         references.setdefault(text, []).append(reference)
-    sizes = Counter(group_of.values())
     return [
-        Example(text, tuple(found) if target else (), group_of[text] if sizes[group_of[text]] > 1 else "")
+        Example(text, tuple(found) if target else (), "" if group_of[text] == text else group_of[text])
         for text, found in references.items()
     ]
+
+
+def units_have_several(examples: Sequence[Example]) -> bool:
+    """Whether any unit has more than one input."""
+    return len({one.unit for one in examples}) < len({one.source for one in examples})
 
 
 def _group_labels(dataset: Table | Dataset, column: str) -> list[str]:

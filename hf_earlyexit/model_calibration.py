@@ -20,7 +20,7 @@ from hf_earlyexit.calibration import Calibration
 from hf_earlyexit.candidates import Candidate, full_depth
 from hf_earlyexit.certificate import Certificate, versions
 from hf_earlyexit.certified import uncertified
-from hf_earlyexit.data import Example, data_fingerprint, short_hash
+from hf_earlyexit.data import Example, data_fingerprint, short_hash, units_have_several
 from hf_earlyexit.extras import require
 from hf_earlyexit.fingerprint import tokenizer_fingerprint, weights_fingerprint
 from hf_earlyexit.implementations import PLAIN, PREPARED
@@ -165,7 +165,7 @@ class _Calibrator:
 
     def _check_use(self, candidate: Candidate) -> dict[str, Any]:
         """What a call is like, as a certificate keeps it, but for what differs between candidates."""
-        if self.use.rows_per_batch and any(one.group for part in self.parts.values() for one in part):
+        if self.use.rows_per_batch and units_have_several(self._examples()):
             raise ValueError("`batch_exit` other than 'row' does not go with groups of inputs: units would mix.")
         if self.promise.bound == "clopper_pearson" and self._unit(self._examples()) != "input":
             raise ValueError("`bound='clopper_pearson'` does not go with units of several inputs: use 'wsr' or 'hb'.")
@@ -336,15 +336,18 @@ class _Calibrator:
         )
 
     def _attempts_before(self, ledger: Ledger | None, tested: list[list[str]]) -> int | None:
-        """How many earlier certificates rest on the same calibrate part; this one is kept where they are."""
+        """How many earlier certificates rest on inputs of this calibrate part; this one is kept where they are."""
         question = {
             "promise": {**self.promise.described(), **self.promise.recorded()},
             "tested": tested,
+            "starts": self.search.starts,
             "implementations": self.implementations,
             "asked": self.journal.asked,
         }
         this = Attempt.on(self.parts["calibrate"], self.search.partition.salt, question)
-        known = [Attempt(**values) for key, values in self.journal.entries.items() if key.startswith(ATTEMPT)]
+        if ledger is not None:
+            ledger.read()
+        known = [Attempt.from_dict(values) for key, values in self.journal.entries.items() if key.startswith(ATTEMPT)]
         known = list(dict.fromkeys([*(ledger.attempts if ledger else []), *known]))
         if (key := f"{ATTEMPT}{this.question}") not in self.journal:
             self.journal.add(key, asdict(this))
@@ -358,7 +361,7 @@ class _Calibrator:
     def _unit(self, examples: Sequence[Example]) -> str:
         if self.use.rows_per_batch:
             return f"batch of {self.use.rows_per_batch} inputs"
-        return "group of inputs" if any(one.group for one in examples) else "input"
+        return "group of inputs" if units_have_several(examples) else "input"
 
     def _cost_unit(self) -> str:
         if self.search.cost == "layers":

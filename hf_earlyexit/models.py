@@ -142,7 +142,9 @@ class EarlyExitT5ForConditionalGeneration(EarlyExitGenerationMixin, T5ForConditi
 
         For whatever knows stock T5 only, such as CTranslate2's converter. The tokenizer is to be saved beside it.
         """
-        stock_of(self).save_pretrained(save_directory)
+        stock = stock_of(self)
+        self.seen_inputs.name_in(stock.config)
+        stock.save_pretrained(save_directory)
         if self.seen_inputs:
             self.seen_inputs.save(save_directory)
 

@@ -53,17 +53,15 @@ def written_beside(path: str | Path, mode: str = "w", **how) -> Iterator[IO]:
 def folder_written_beside(folder: str | Path) -> Iterator[Path]:
     """A new folder to write into, whose files take their places in `folder` when all are written.
 
-    What else is in `folder` stays. What an earlier run that was cut off has left beside it is removed.
+    It is made in `folder`, whose parent may be on another disk or not to be written to. What else is in `folder`
+    stays; what an earlier run that was cut off has left there is removed.
     """
-    place = Path(os.path.realpath(folder))
-    partial = place.with_name(place.name + PARTIAL)
+    place = Path(folder)
+    partial = place / PARTIAL
     if partial.is_dir():
         shutil.rmtree(partial)
-    partial.mkdir()
+    partial.mkdir(parents=True)
     yield partial
-    if not place.is_dir():
-        partial.rename(place)
-        return
     for root, _, names in os.walk(partial):
         target = place / Path(root).relative_to(partial)
         target.mkdir(exist_ok=True)
@@ -104,17 +102,16 @@ def refuse_overwriting(outputs: Mapping[str, str | None], inputs: Iterable[str |
 
 
 def refuse_folder_of_model(name: str, folder: str | Path, models: Iterable[str | Path | None]) -> None:
-    """Refuse, before any work, to save a model over one that is read, inside its folder, or in writing beside.
+    """Refuse, before any work, to save a model over one that is read, or inside its folder.
 
     Raises:
         ValueError: The folder is the one of a model, or lies in it.
     """
     place = Path(os.path.realpath(folder))
-    beside = place.with_name(place.name + PARTIAL)
     for model in models:
         if model is None or not Path(model).is_dir():
             continue
-        around = [place, beside, *place.parents] if _is_model(model) else [place, beside]
+        around = [place, *place.parents] if _is_model(model) else [place]
         if any(_is_same(one, model) for one in around):
             raise ValueError(f"{name} {folder} is, or is in, the folder of the model that is read: name another one")
 

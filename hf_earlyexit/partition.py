@@ -88,15 +88,14 @@ class Partition:
 
         Args:
             examples: In whatever order.
-            at_most: How many; units are taken whole.
+            at_most: How many; units are taken whole, one that is too large for the rest is passed over.
         """
         ordered = sorted(examples, key=lambda one: (self._digest("order", one.unit), self._digest("in", one.source)))
         taken: list[Example] = []
         for _, members in groupby(ordered, key=lambda example: example.unit):
             unit = list(members)
-            if at_most is not None and len(taken) + len(unit) > at_most:
-                break
-            taken += unit
+            if at_most is None or len(taken) + len(unit) <= at_most:
+                taken += unit
         return taken
 
     def described(self) -> dict[str, Any]:

@@ -67,6 +67,12 @@ class SeenInputs:
         values = {"format": FORMAT, "by": {by: sorted(known) for by, known in self.by.items()}}
         write_text(Path(folder) / FILE, json.dumps(values) + "\n")
 
+    def name_in(self, config: PreTrainedConfig) -> None:
+        """Say in a model's config whether there is such a file, before it is saved."""
+        config.__dict__.pop(IN_CONFIG, None)
+        if self:
+            setattr(config, IN_CONFIG, FILE)
+
     @classmethod
     def load(cls, path: str | Path) -> SeenInputs:
         """Read the file.
@@ -89,7 +95,7 @@ class SeenInputs:
 
     @classmethod
     def of_model(cls, path: str | Path, config: PreTrainedConfig, **hub: Any) -> SeenInputs:
-        """What was recorded with a model, if its config says that there is such a file.
+        """What was recorded with a model, if its config says that there is such a file, or its folder has one.
 
         Args:
             path: Where the model is: a folder or a Hub id.
@@ -100,9 +106,11 @@ class SeenInputs:
             ValueError: The file is not there, or is no such file: without it tests might be on what was seen.
         """
         name = getattr(config, IN_CONFIG, None)
-        if name is None:
+        if name not in (None, FILE):
+            raise ValueError(f"The config of {str(path)!r} has {IN_CONFIG!r} as {name!r}: it must be {FILE!r}.")
+        if name is None and not (Path(path) / FILE).is_file():
             return cls()
-        file = file_if_there(path, name, **hub)
+        file = file_if_there(path, FILE, **hub)
         if file is None:
             raise ValueError(
                 f"The config of {str(path)!r} says that {name} lists the inputs that were trained on, and the file is "

@@ -36,6 +36,7 @@ from transformers import (
     Seq2SeqTrainingArguments,
     T5Config,
     T5ForConditionalGeneration,
+    TrainerCallback,
     set_seed,
 )
 from transformers.trainer_utils import get_last_checkpoint
@@ -43,8 +44,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from hf_earlyexit.failures import reading, refusals
 from hf_earlyexit.metrics import ROUGE_TYPES
 from hf_earlyexit.output_files import refuse_folder_of_model
-from hf_earlyexit.seen_inputs import FILE as SEEN_FILE
-from hf_earlyexit.seen_inputs import IN_CONFIG, TRAINING, SeenInputs
+from hf_earlyexit.seen_inputs import TRAINING, SeenInputs
 from hf_earlyexit.text_trainer import TextTrainer
 from hf_earlyexit.tokenizer import load_tokenizer
 
@@ -127,17 +127,31 @@ def main(argv: list[str] | None = None) -> None:
     )
     # T5 takes `num_items_in_batch` and ignores it: whoever believes it was heeded adds accumulated losses up.
     trainer.model_accepts_loss_kwargs = False
+    seen = seen.plus(TRAINING, texts.sources)
+    seen.name_in(model.config)
+    trainer.add_callback(SavesSeenInputs(seen))
     checkpoint = get_last_checkpoint(str(folder)) if run.resume and folder.is_dir() else None
     metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
     metrics |= {"validation_inputs": len(examples), **trainer.evaluate()}
     trainer.save_state()
-    setattr(model.config, IN_CONFIG, SEEN_FILE)
+    if trainer.is_world_process_zero():
+        seen.save(folder)  # before the model, with which a push to a Hub takes it along
     trainer.save_model()
     if trainer.is_world_process_zero():
-        seen.plus(TRAINING, texts.sources).save(folder)
         command = shlex.join(["python", "scripts/pretrain_t5.py", *argv])
         card(trainer, metrics, data, run, command).save(folder / "README.md")
         print(json.dumps({"output_dir": str(folder), "command": command, "metrics": metrics}))
+
+
+class SavesSeenInputs(TrainerCallback):
+    """The inputs that were trained on go with every checkpoint, as its config says."""
+
+    def __init__(self, seen: SeenInputs):
+        self.seen = seen
+
+    def on_save(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            self.seen.save(Path(args.output_dir) / f"checkpoint-{state.global_step}")
 
 
 def check_shape(shape: ShapeArguments) -> None:

@@ -17,6 +17,7 @@ from hf_earlyexit.data import (
     read_file,
     short_hash,
     text_columns,
+    units_have_several,
 )
 
 
@@ -59,17 +60,18 @@ def rows(*cells: tuple, columns: str = "mr ref group") -> Dataset:
 
 
 def test_rows_of_a_group_with_the_same_input_are_one_input():
-    """A group of several inputs is a unit, a group of one is none: the input is."""
+    """The group is the unit, however many inputs it has; where inputs are grouped by themselves, the input is."""
     dataset = rows(("a", "one", 1), ("b", "two", 2), ("a", "three", 1), ("c", "four", 2), ("a", "one", 1))
     examples = read_examples(dataset, "mr", "ref", prefix="say: ", group_by="group")
     assert examples == [
-        Example("say: a", ("one", "three", "one")),
-        Example("say: b", ("two",), "2"),
-        Example("say: c", ("four",), "2"),
+        Example("say: a", ("one", "three", "one"), "say: 1"),
+        Example("say: b", ("two",), "say: 2"),
+        Example("say: c", ("four",), "say: 2"),
     ]
-    assert [one.unit for one in examples] == ["say: a", "2", "2"]
-    by_input = read_examples(dataset, "mr", "ref", group_by="mr")
-    assert by_input == [Example("a", ("one", "three", "one")), Example("b", ("two",)), Example("c", ("four",))]
+    assert [one.unit for one in examples] == ["say: 1", "say: 2", "say: 2"]
+    assert units_have_several(examples) and not units_have_several(examples[:2])
+    by_input = read_examples(dataset, "mr", "ref", prefix="say: ", group_by="mr")
+    assert by_input == [Example(f"say: {one.source[5:]}", one.references) for one in examples]
 
 
 def test_inputs_without_references_and_without_groups():

@@ -24,6 +24,7 @@ from hf_earlyexit.certificate import FILE as CERTIFICATE
 from hf_earlyexit.cli import main
 from hf_earlyexit.default import CHECKPOINT, load_default
 from hf_earlyexit.seen_inputs import FILE as SEEN
+from hf_earlyexit.seen_inputs import IN_CONFIG
 from tests.certificates import certificate_for
 from tests.strange_files import CONTENTS, FEW, LINES, MANY, NAMES, PROPER, SUFFIXES, VALUES, try_many
 from tests.tiny import tiny_config
@@ -180,7 +181,9 @@ OF_MODELS = (
     *(CERTIFICATE, SEEN),
 )
 ENTRIES = some.dictionaries(
-    some.sampled_from(("format", "by", "training", "early_exit", "exit_threshold", "exit_criterion", "d_model"))
+    some.sampled_from(
+        ("format", "by", "training", "early_exit", "exit_threshold", "exit_criterion", "d_model", IN_CONFIG)
+    )
     | NAMES,
     VALUES,
     max_size=3,

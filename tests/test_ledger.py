@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
-from hf_earlyexit import EarlyExitT5ForConditionalGeneration, model_calibration
+from hf_earlyexit import EarlyExitT5Config, EarlyExitT5ForConditionalGeneration, model_calibration
 from hf_earlyexit.certificate import FILE, Certificate
+from hf_earlyexit.certified import uncertified
 from hf_earlyexit.data import Example, short_hash
 from hf_earlyexit.default import default_examples, load_default
 from hf_earlyexit.ledger import FILE as LEDGER
@@ -60,8 +62,8 @@ def test_what_was_seen_goes_with_the_checkpoint(tmp_path):
 def test_a_file_that_is_missing_or_none_is_refused(tmp_path):
     _, model = tiny_pair("tied", 1, torch.float32)
     model.record_seen("training", ["a"])
-    assert getattr(model.config, IN_CONFIG) == SEEN
     model.save_pretrained(tmp_path)
+    assert getattr(model.config, IN_CONFIG) == SEEN
     for text, message in (
         ("{", f"{SEEN}: not JSON"),
         ("[]", "does not list seen inputs"),
@@ -76,6 +78,30 @@ def test_a_file_that_is_missing_or_none_is_refused(tmp_path):
     (tmp_path / SEEN).unlink()
     with pytest.raises(ValueError, match=f"{SEEN} lists the inputs that were trained on, and the file is not there"):
         EarlyExitT5ForConditionalGeneration.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("name", (5, ["a"], {}, True, "another.json"))
+def test_a_name_of_another_file_is_refused(name, tmp_path):
+    _, model = tiny_pair("tied", 1, torch.float32)
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, IN_CONFIG: name}))
+    with pytest.raises(ValueError, match=f"{IN_CONFIG}.*must be '{SEEN}'"):
+        EarlyExitT5ForConditionalGeneration.from_pretrained(tmp_path)
+
+
+def test_the_config_says_what_is_saved(tmp_path):
+    """Whatever copies share the config, and whatever config a folder is loaded with."""
+    _, model = tiny_pair("tied", 1, torch.float32)
+    uncertified(model).record_seen("training", ["a"])
+    model.save_pretrained(tmp_path / "none")
+    assert not EarlyExitT5ForConditionalGeneration.from_pretrained(tmp_path / "none").seen_inputs
+    model.record_seen("training", ["a"])
+    model.save_pretrained(tmp_path / "seen")
+    for config in ("seen", "none"):
+        config = EarlyExitT5Config.from_pretrained(tmp_path / config)
+        loaded = EarlyExitT5ForConditionalGeneration.from_pretrained(tmp_path / "seen", config=config)
+        assert loaded.seen_inputs == model.seen_inputs
 
 
 def what_was_seen_is_not_tested_on() -> None:
@@ -120,7 +146,7 @@ def test_the_law_notices(monkeypatch):
 
 
 def test_attempts_on_the_same_inputs_are_counted_in_order(tmp_path):
-    one, two, other = [Example("a")], [Example("a"), Example("b")], [Example("b")]
+    one, two = [Example("a")], [Example("a"), Example("b")]
     first = Attempt.on(two, "salt", {"target": 0.1})
     second = Attempt.on(two[::-1], "salt", {"target": 0.2})
     ledger = Ledger(tmp_path)
@@ -128,8 +154,9 @@ def test_attempts_on_the_same_inputs_are_counted_in_order(tmp_path):
     ledger.add(first)
     assert first.earlier(ledger.attempts) == 0, "the same question again is the same test"
     assert second.earlier(ledger.attempts) == 1
-    for elsewhere in (Attempt.on(one, "salt", {}), Attempt.on(other, "salt", {}), Attempt.on(two, "pepper", {})):
-        assert elsewhere.earlier(ledger.attempts) == 0
+    assert Attempt.on([Example("c")], "salt", {}).earlier(ledger.attempts) == 0
+    for overlapping in (Attempt.on(one, "salt", {}), Attempt.on(two, "pepper", {"target": 0.1})):
+        assert overlapping.earlier(ledger.attempts) == 1, "an input that both have is enough, whatever the salt"
     ledger.add(second)
     again = Ledger(tmp_path)
     assert again.attempts == [first, second] and first.earlier(again.attempts) == 0
@@ -149,14 +176,41 @@ def test_folders_tell_each_other(tmp_path):
     assert (out / LEDGER).read_text() == (source / LEDGER).read_text() and len(Ledger(out).attempts) == 2
     Ledger(out).add(attempts[2])
     assert Ledger(source, out).attempts == attempts
+
+
+def test_runs_that_overlap_know_of_each_other(tmp_path):
+    attempts = [Attempt.on([Example("a")], "salt", {"target": target}) for target in (1, 2)]
+    one, other = Ledger(tmp_path), Ledger(tmp_path)
+    one.add(attempts[0])
+    other.add(attempts[1])
+    one.write()
+    assert other.attempts == Ledger(tmp_path).attempts == attempts and attempts[1].earlier(other.attempts) == 1
+
+
+def test_a_folder_that_may_not_be_written_to_is_read(tmp_path, monkeypatch):
+    own, out = tmp_path / "own", tmp_path / "out"
+    for folder in (own, out):
+        folder.mkdir()
+    attempts = [Attempt.on([Example("a")], "salt", {"target": target}) for target in (1, 2)]
+    Ledger(own).add(attempts[0])
+    monkeypatch.setattr("os.access", lambda path, mode: Path(path) != own)
+    ledger = Ledger(own, out)
+    ledger.add(attempts[1])
+    assert attempts[1].earlier(ledger.attempts) == 1 and Ledger(out).attempts == attempts
+    assert Ledger(own).attempts == attempts[:1]
+
+
+def test_what_is_no_ledger_is_refused(tmp_path):
     for text, message in (
         ("nothing", "line 1: not JSON"),
         ('{"inputs": "a"}', "line 1: a ledger of certificates has .*: move the file away"),
-        ('{"inputs": ["a"], "salt": "b", "question": "c"}', "line 1: a ledger of certificates has"),
+        ('{"inputs": "a", "salt": "b", "question": "c"}', "line 1: a ledger of certificates has"),
+        ('{"inputs": [1], "salt": "b", "question": "c"}', "line 1: a ledger of certificates has"),
+        ('{"inputs": ["a"], "salt": "b", "question": null}', "line 1: a ledger of certificates has"),
     ):
-        (source / LEDGER).write_text(text)
+        (tmp_path / LEDGER).write_text(text)
         with pytest.raises(ValueError, match=message):
-            Ledger(source)
+            Ledger(tmp_path)
 
 
 def attempts_are_counted(tmp_path) -> None:
@@ -165,12 +219,13 @@ def attempts_are_counted(tmp_path) -> None:
     journal, folder = tmp_path / "journal", tmp_path / "checkpoint"
     folder.mkdir(parents=True)
 
-    def made(target: float, **kept) -> Certificate:
-        return calibrate_model(model, tokenizer, given, Promise(target), USE, SEARCH, **kept).certificate
+    def made(target: float, search: Search = SEARCH, **kept) -> Certificate:
+        return calibrate_model(model, tokenizer, given, Promise(target), USE, search, **kept).certificate
 
     assert [made(target, path=journal).attempts for target in targets] == [0, 1, 0]
     assert made(0.7, path=journal, ledger=Ledger(folder)).attempts == 2
     assert made(0.7, ledger=Ledger(folder)).attempts == 0, "as far as this folder knows"
+    assert made(0.9, replace(SEARCH, starts=2), path=journal).attempts == 3, "other starts are another test"
     text = replace(made(0.8, path=journal)).in_words()
     assert "On the same calibration inputs an earlier certificate was tested, which the confidence does" in text
 

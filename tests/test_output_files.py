@@ -128,7 +128,8 @@ def test_a_file_takes_its_place_when_it_is_whole(tmp_path):
 
 
 def test_a_folder_takes_its_place_when_it_is_whole(tmp_path):
-    place, beside = tmp_path / "out", tmp_path / "out.partial"
+    place = tmp_path / "out"
+    beside = place / ".partial"
     (place / "sub").mkdir(parents=True)
     for name in ("config.json", "results.json", "sub/old"):
         (place / name).write_text("old")
@@ -144,15 +145,9 @@ def test_a_folder_takes_its_place_when_it_is_whole(tmp_path):
     found = {str(file.relative_to(place)): file.read_text() for file in place.rglob("*") if file.is_file()}
     assert found == {"config.json": "new", "results.json": "old", "sub/old": "old", "sub/new": "new"}
     assert not beside.exists()
-    with folder_written_beside(tmp_path / "another") as folder:
+    with folder_written_beside(tmp_path / "an/other") as folder:
         (folder / "config.json").write_text("new")
-    assert [*(tmp_path / "another").iterdir()] == [tmp_path / "another/config.json"]
-
-
-def test_a_model_is_not_saved_where_another_is_in_writing(tmp_path):
-    (tmp_path / "out.partial").mkdir()
-    with pytest.raises(ValueError, match="the folder of the model"):
-        refuse_folder_of_model("--output-dir", tmp_path / "out", [tmp_path / "out.partial"])
+    assert [*(tmp_path / "an/other").iterdir()] == [tmp_path / "an/other/config.json"]
 
 
 def test_a_run_that_was_cut_off_leaves_the_old_output(texts, monkeypatch, capsys):

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, Seq2SeqTrainingArguments
+from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, Seq2SeqTrainingArguments, T5Config
 
 from hf_earlyexit import EarlyExitT5ForConditionalGeneration
+from hf_earlyexit.seen_inputs import SeenInputs
 from tests.scripts import Ran, run_script
 from tests.test_data import write
 from tests.test_train_exits import articles
@@ -59,6 +60,8 @@ def test_a_plain_t5_of_texts(folder):
     assert further.returncode == 0, further.stderr[-3000:]
     seen = [EarlyExitT5ForConditionalGeneration.from_pretrained(folder / name) for name in ("straight", "further")]
     assert seen[0].seen_inputs == seen[1].seen_inputs and seen[0].seen_inputs.by["training"]
+    (checkpoint, *_) = sorted((folder / "straight").glob("checkpoint-*"))
+    assert SeenInputs.of_model(checkpoint, T5Config.from_pretrained(checkpoint)) == seen[0].seen_inputs
     assert AutoTokenizer.from_pretrained(folder / "further").get_vocab() == tokenizer.get_vocab()
     weights = AutoModelForSeq2SeqLM.from_pretrained(folder / "further").state_dict()
     changes = [((weights[name] - weight).norm() / weight.norm()).item() for name, weight in model.state_dict().items()]
