@@ -6,13 +6,14 @@ What becomes of confidences and agreement is `accuracy_thresholds.py`.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_earlyexit.accuracy_thresholds import LEAST_TOKENS, LEVELS, WRAPPED, ExitAccuracy, fit_accuracy
 from hf_earlyexit.candidates import full_depth
-from hf_earlyexit.data import Example
+from hf_earlyexit.data import Example, short_hash
 from hf_earlyexit.forced import force
 from hf_earlyexit.partition import OPEN, Partition
 from hf_earlyexit.policies import CRITERIA
@@ -80,4 +81,5 @@ def fit_exit_accuracy(
         {layer: values.double().numpy()[:, column] for column, layer in enumerate(forced.layers)}
         for values in (forced.confidences[criterion], forced.agrees)
     )
-    return fit_accuracy(criterion, sure, right, least_tokens=least_tokens, levels=levels)
+    fitted = fit_accuracy(criterion, sure, right, least_tokens=least_tokens, levels=levels)
+    return replace(fitted, fitted_on=tuple(sorted(map(short_hash, read))))

@@ -19,6 +19,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from hf_earlyexit.config import is_integer, is_number
 from hf_earlyexit.policies import CRITERIA, ExitCriterion, ExitPoint
+from hf_earlyexit.seen_inputs import FITTED_ON
 from hf_earlyexit.separating import separating_thresholds
 from hf_earlyexit.transfer import to_host
 
@@ -94,6 +95,8 @@ class ExitAccuracy:
         criterion: How sure a token is: a name in `CRITERIA` but `"fixed"`, or an object, with which it cannot be
             stored.
         tables: One for each exit that may be asked, ascending.
+        fitted_on: Hashes of the inputs (`data.hash_of_input`) that the tables were fitted on, which no promise can be
+            tested on; none where that is not known.
 
     Raises:
         ValueError: The criterion is unknown, or the tables are none, of one layer twice or not in order.
@@ -101,6 +104,7 @@ class ExitAccuracy:
 
     criterion: str | ExitCriterion
     tables: tuple[AccuracyTable, ...]
+    fitted_on: tuple[str, ...] = ()
 
     def __post_init__(self):
         if isinstance(self.criterion, str) and self.criterion not in WRAPPED:
@@ -155,7 +159,8 @@ class ExitAccuracy:
             {"layer": one.layer, "confidences": list(one.confidences), "shares": list(one.shares)}
             for one in self.tables
         ]
-        return {"name": NAME, "criterion": self.criterion, "tables": tables}
+        seen = {FITTED_ON: list(self.fitted_on)} if self.fitted_on else {}
+        return {"name": NAME, "criterion": self.criterion, "tables": tables, **seen}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> ExitAccuracy:
@@ -164,13 +169,16 @@ class ExitAccuracy:
         Raises:
             ValueError: It is something else; the message says what.
         """
-        if set(values) != {"name", "criterion", "tables"} or values["name"] != NAME:
+        if set(values) - {FITTED_ON} != {"name", "criterion", "tables"} or values["name"] != NAME:
             raise ValueError(
                 f'`exit_criterion` of plain values must be those of an `ExitAccuracy`: {{"name": {NAME!r}, '
                 f'"criterion": ..., "tables": ...}}, got {sorted(values)} with the name {values.get("name")!r}.'
             )
         if values["criterion"] not in WRAPPED:
             raise ValueError(f"`criterion` must be one of {list(WRAPPED)}, got {values['criterion']!r}.")
+        seen = values.get(FITTED_ON, ())
+        if not isinstance(seen, list | tuple) or not all(isinstance(one, str) for one in seen):
+            raise ValueError(f"`{FITTED_ON}` of `exit_criterion` must be a list of hashes, got {seen!r}.")
         if not isinstance(values["tables"], list | tuple):
             raise ValueError(f"`tables` of `exit_criterion` must be a list, got {values['tables']!r}.")
         keys = {"layer", "confidences", "shares"}
@@ -182,7 +190,7 @@ class ExitAccuracy:
         tables = (
             AccuracyTable(one["layer"], tuple(one["confidences"]), tuple(one["shares"])) for one in values["tables"]
         )
-        return cls(values["criterion"], tuple(tables))
+        return cls(values["criterion"], tuple(tables), tuple(seen))
 
     @cached_property
     def _by_layer(self) -> dict[int, AccuracyTable]:

@@ -93,7 +93,7 @@ class Certificate:
         agreement: By way that was agreed with: `texts` compared on the calibrate part, those `different`, and the
             `batch_size`. Losses in `table` are the largest over all ways, of the settings that passed with the first.
         partition: `salt` and `shares` of the parts; None for certificates of before there was a salt.
-        attempts: How many earlier certificates were tested on the same calibrate part, as far as the journal or the
+        attempts: How many earlier certificates were tested on inputs of this calibrate part, as far as the journal or the
             ledger of the checkpoint's folder knows; None if neither was kept.
     """
 
@@ -197,7 +197,9 @@ class Certificate:
             found += " The inputs were split without a salt, so what was looked at before may be among them."
         if self.attempts:
             times = "an earlier certificate was" if self.attempts == 1 else f"{self.attempts} earlier ones were"
-            found += f" On the same calibration inputs {times} tested, which the confidence does not count."
+            found += (
+                f" On these calibration inputs, or some of them, {times} tested, which the confidence does not count."
+            )
         return found
 
     def _reported(self) -> str:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from hf_earlyexit.partition import Partition
 
 
+PREFIX = "input_prefix"  # in lines of `hf-earlyexit generate`: what was put before the input
 PART_NAMES = ("explore", "select", "calibrate", "report")  # as in `partition.py`, which a parser need not import
 
 

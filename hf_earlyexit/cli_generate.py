@@ -31,6 +31,7 @@ from hf_earlyexit.cli_arguments import (
     source_cut,
     text_of,
 )
+from hf_earlyexit.cli_data import PREFIX
 from hf_earlyexit.failures import reading
 from hf_earlyexit.json_text import decode
 from hf_earlyexit.output_files import refuse_overwriting, written_beside
@@ -122,6 +123,8 @@ def add_generate_arguments(parser: argparse.ArgumentParser) -> None:
 def generate(arguments: argparse.Namespace) -> int:
     """The verb `generate`."""
     records = read_records(arguments.input_file, arguments.input_field)
+    if arguments.prefix:
+        records = [with_prefix(record, arguments.prefix) for record in records]
     check_arguments(arguments)
     model, tokenizer = load(arguments)
     if can_be_prepared(model):
@@ -198,6 +201,13 @@ def _refuse_taken(record: dict[str, Any], where: str) -> dict[str, Any]:
     if taken := {"input", *RESULT_FIELDS} & set(record):
         raise ValueError(f"{where}: results would write over the fields {sorted(taken)}: rename them")
     return record
+
+
+def with_prefix(record: dict[str, Any], prefix: str) -> dict[str, Any]:
+    """A record that says what is put before its input, so that `tune` knows what the model has read."""
+    if PREFIX in record:
+        raise ValueError(f"--prefix: results would write over the field {PREFIX!r} of the inputs: rename it")
+    return {**record, PREFIX: prefix}
 
 
 def check_arguments(arguments: argparse.Namespace) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from hf_earlyexit import speed_tables
 from hf_earlyexit.cli_arguments import Verb, check_device, check_file, load_model, model_path, positive, text_of
-from hf_earlyexit.cli_data import add_part_argument, add_partition_arguments, partition_of
+from hf_earlyexit.cli_data import PREFIX, add_part_argument, add_partition_arguments, partition_of
 from hf_earlyexit.failures import reading
 from hf_earlyexit.json_text import read_json
 from hf_earlyexit.output_files import refuse_overwriting, write_text
@@ -267,7 +267,10 @@ def add_tune_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-exit", choices=("row", "batch"), default="row", help="who leaves together (row)")
     parser.add_argument("--time-model", metavar="FILE", help="take times from what --json-out wrote: measure nothing")
     recorded = parser.add_argument_group("recorded exits, where --exits says of which inputs they are")
-    recorded.add_argument("--prefix", type=text_of, default="", metavar="TEXT", help="that was put before each input")
+    recorded.add_argument(
+        "--prefix", type=text_of, metavar="TEXT", help="that was put before each input (what --exits says)"
+    )
+    recorded.add_argument("--group-by", metavar="NAME", help="field that says which inputs belong together")
     add_part_argument(recorded)
     add_partition_arguments(recorded)
 
@@ -283,8 +286,8 @@ def tune(arguments: argparse.Namespace) -> int:
 
     partition = partition_of(arguments)
 
-    def reads(text: str) -> bool:
-        return partition.part_of(arguments.prefix + text) in arguments.part
+    def reads(record: dict[str, Any]) -> bool:
+        return partition.part_of(unit_of_record(record, arguments)) in arguments.part
 
     recorded = read_exits(arguments.exits or CHECKPOINT / "exits.json", reads=reads)
     model = prepared_if_asked(arguments, load_model(arguments))
@@ -300,6 +303,21 @@ def tune(arguments: argparse.Namespace) -> int:
     outcome = {"time_model": time_model.to_dict(), "full_depth": asdict(found.full_depth), "ranking": ranking}
     write_json(arguments.json_out, {**measured_on(arguments), "best": best, "margin": found.margin, **outcome})
     return 0
+
+
+def unit_of_record(record: dict[str, Any], arguments: argparse.Namespace) -> str:
+    """The input that a record is of, or its group, as the other verbs know it.
+
+    Raises:
+        ValueError: It has no such group, or says that its input had another prefix.
+    """
+    known, column = record.get(PREFIX, ""), arguments.group_by
+    if arguments.prefix is not None and PREFIX in record and arguments.prefix != known:
+        raise ValueError(f"--prefix {arguments.prefix!r}: --exits says it was {known!r}: leave it out")
+    if column is not None and record.get(column) in (None, ""):
+        raise ValueError(f"--group-by {column}: a record of --exits has no such field, but {sorted(record)}")
+    prefix = known if arguments.prefix is None else arguments.prefix
+    return f"{prefix}{record['input'] if column is None else record[column]}"
 
 
 def time_model_of(arguments: argparse.Namespace, criterion: str | None, model) -> TimeModel:

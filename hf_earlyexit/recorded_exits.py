@@ -54,14 +54,17 @@ class RecordedExits:
             )
 
 
-def read_exits(path: str | Path, seed: int = 0, reads: Callable[[str], bool] = lambda text: True) -> RecordedExits:
+def read_exits(
+    path: str | Path, seed: int = 0, reads: Callable[[dict[str, Any]], bool] = lambda record: True
+) -> RecordedExits:
     """Read recorded exits.
 
     Args:
         path: A JSON object with `layers_run`, or with a `distribution` that layers are then drawn from; or JSON lines
             with `layers_run`.
         seed: Of the drawing.
-        reads: Whether the record of an input is read, where records say of which `input` they are.
+        reads: Whether the record of an input is read, where records say of which `input` they are, or the object has
+            `inputs`.
 
     Raises:
         ValueError: It is neither, or no record is read.
@@ -75,12 +78,16 @@ def read_exits(path: str | Path, seed: int = 0, reads: Callable[[str], bool] = l
     if not records:
         raise ValueError(f"{path} has no recorded exits: name a file of `hf-earlyexit generate --output-file`.")
     if len(records) == 1 and isinstance(records[0], dict) and not _is_text(records[0].get("layers_run")):
-        return _of_object(records[0], str(path), seed)
-    layers = [(record, _layers_of(record, f"{path}, record {place}")) for place, record in enumerate(records, 1)]
-    read = [one for record, one in layers if "input" not in record or reads(str(record["input"]))]
+        return _of_object(records[0], str(path), seed, reads)
+    layers = [_layers_of(record, f"{path}, record {place}") for place, record in enumerate(records, 1)]
+    return RecordedExits(_those_read(records, layers, reads, str(path)))
+
+
+def _those_read(records: Sequence[dict[str, Any]], layers: Sequence[list[int]], reads, path: str) -> list[list[int]]:
+    read = [one for record, one in zip(records, layers, strict=True) if "input" not in record or reads(record)]
     if layers and not read:
         raise ValueError(f"{path} has {len(layers)} records, all of inputs in other parts than those that are read.")
-    return RecordedExits(read)
+    return read
 
 
 def _layers_of(record: Any, where: str) -> list[int]:
@@ -90,7 +97,7 @@ def _layers_of(record: Any, where: str) -> list[int]:
     return layers
 
 
-def _of_object(values: dict[str, Any], path: str, seed: int) -> RecordedExits:
+def _of_object(values: dict[str, Any], path: str, seed: int, reads) -> RecordedExits:
     """Of one object for all texts, as `exits.json` is."""
     setting, num_layers = values.get("setting", {}), values.get("num_layers")
     asked = setting.get("exit_layers") if isinstance(setting, dict) else setting
@@ -103,7 +110,12 @@ def _of_object(values: dict[str, Any], path: str, seed: int) -> RecordedExits:
     texts = values.get("layers_run")
     if not isinstance(texts, list) or not texts:
         raise ValueError(f"{path}: it needs `layers_run`, the layers of each token of each text, or `distribution`.")
-    return RecordedExits([_layers_of({"layers_run": text}, path) for text in texts], num_layers, *known)
+    layers = [_layers_of({"layers_run": text}, path) for text in texts]
+    if (inputs := values.get("inputs")) is not None:
+        if not isinstance(inputs, list) or len(inputs) != len(texts) or not all(isinstance(x, str) for x in inputs):
+            raise ValueError(f"{path}: `inputs` must list the input of each text in `layers_run`.")
+        layers = _those_read([{"input": text} for text in inputs], layers, reads, path)
+    return RecordedExits(layers, num_layers, *known)
 
 
 def _check_distribution(shares: Any, num_layers: int | None, path: str) -> list[float]:

@@ -23,6 +23,7 @@ FILE = "exit_seen_inputs.json"
 IN_CONFIG = "exit_seen_inputs"  # in a model's config: the name of the file, so that the Hub is asked for no other
 FORMAT = 1
 TRAINING, CRITERIA = "training", "criteria"
+FITTED_ON = "fitted_on"  # of a criterion's plain values: hashes of the inputs that it was fitted on
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,11 @@ class SeenInputs:
     def plus(self, by: str, sources: Iterable[str]) -> SeenInputs:
         """These and other inputs, with the prefix that the model reads."""
         return SeenInputs({**self.by, by: self.by.get(by, frozenset()) | {hash_of_input(one) for one in sources}})
+
+    def with_criteria(self, criteria: Iterable[Any]) -> SeenInputs:
+        """These and the inputs that criteria of plain values say they were fitted on."""
+        known = (one[FITTED_ON] for one in criteria if isinstance(one, Mapping) and FITTED_ON in one)
+        return SeenInputs({**self.by, CRITERIA: self.by.get(CRITERIA, frozenset()).union(*known)})
 
     def refuse(self, examples: Iterable[Example], what: str) -> None:
         """Refuse to test on inputs that something was fitted on.

@@ -100,7 +100,7 @@ def verify_certificate(
     certificate = model.exit_certificate if certificate is None else certificate
     _check(certificate, loss)
     new = Partition().in_order(certificate.unseen(examples))  # the same order in every run
-    model.seen_inputs.refuse(new, "the verification")
+    model.seen_inputs.with_criteria([certificate.setting.get("exit_criterion")]).refuse(new, "the verification")
     rows = certificate.generation["batch_size"]
     if len(new) < max(1, rows or 1):
         raise ValueError(f"`examples` has {len(new)} inputs that the certificate has not seen: give other ones.")

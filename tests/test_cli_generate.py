@@ -109,7 +109,7 @@ def test_generate_reads_a_named_field_from_stdin_and_puts_the_prefix_before_it(l
     monkeypatch.setattr("sys.stdin", io.StringIO(stdin))
     options = ("--input-file", "-", "--max-new-tokens", "4", "--prefix")
     results = lines(*options, "describe: ", "--input-field", "meaning")
-    assert [result["input"] for result in results] == bare
+    assert [(result["input"], result["input_prefix"]) for result in results] == [(text, "describe: ") for text in bare]
     monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(inputs)))
     assert [result["output"] for result in lines(*options, "")] == [result["output"] for result in results]
 

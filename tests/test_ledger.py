@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from hf_earlyexit import EarlyExitT5Config, EarlyExitT5ForConditionalGeneration, model_calibration
+from hf_earlyexit.accuracy_thresholds import AccuracyTable, ExitAccuracy
 from hf_earlyexit.certificate import FILE, Certificate
 from hf_earlyexit.certified import uncertified
 from hf_earlyexit.data import Example, short_hash
@@ -115,6 +116,17 @@ def what_was_seen_is_not_tested_on() -> None:
                 message = f"has seen inputs of the calibrate and report parts before .{len(kept)} by {by}, of 14.*give"
                 with pytest.raises(ValueError, match=message):
                     calibrate_model(model, tokenizer, given, Promise(0.9), USE, SEARCH)
+    model.seen_inputs = SeenInputs()
+    tested = Partition().split(given)["calibrate"][:1]
+    fitted = ExitAccuracy("softmax", (AccuracyTable(2, (0.5,), (0.9,)),), tuple(map(short_hash, tested))).to_dict()
+    fitted = json.loads(json.dumps(fitted))  # as it reaches another process
+    search = Search(criteria={"mine": fitted}, curves={"mine:2": [0.5]}, cost="layers", rounds=2)
+    with pytest.raises(ValueError, match="of the calibrate and report parts before .1 by criteria, of 14"):
+        calibrate_model(model, tokenizer, given, Promise(0.9), USE, search)
+    certificate = certificate_for(model, {"exit_criterion": fitted, "exit_threshold": 0.5, "exit_layers": [2]})
+    with pytest.raises(ValueError, match="seen inputs of the verification before .1 by criteria, of 16"):
+        verify_certificate(model, tokenizer, given, LOSSES["text_distance"], replace(certificate, loss=LOSS))
+    model.seen_inputs = SeenInputs().plus("criteria", [one.source for one in Partition().split(given)["report"]])
     certificate = certificate_for(model, SETTING)
     with pytest.raises(ValueError, match="seen inputs of the verification before .2 by criteria, of 16"):
         verify_certificate(model, tokenizer, given, LOSSES["text_distance"], replace(certificate, loss=LOSS))
@@ -227,7 +239,7 @@ def attempts_are_counted(tmp_path) -> None:
     assert made(0.7, ledger=Ledger(folder)).attempts == 0, "as far as this folder knows"
     assert made(0.9, replace(SEARCH, starts=2), path=journal).attempts == 3, "other starts are another test"
     text = replace(made(0.8, path=journal)).in_words()
-    assert "On the same calibration inputs an earlier certificate was tested, which the confidence does" in text
+    assert "inputs, or some of them, an earlier certificate was tested, which the confidence does not" in text
 
 
 @pytest.mark.once

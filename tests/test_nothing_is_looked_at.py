@@ -18,7 +18,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, Seq2SeqTrainer,
 from hf_earlyexit import cli_speed, shortcuts
 from hf_earlyexit.accuracy_fit import fit_exit_accuracy
 from hf_earlyexit.cli import build_parser, main
-from hf_earlyexit.default import CHECKPOINT, default_examples, load_default
+from hf_earlyexit.default import CHECKPOINT, default_examples, default_exits, load_default
 from hf_earlyexit.evaluation import evaluate_model
 from hf_earlyexit.grid import Grid
 from hf_earlyexit.partition import OPEN, PARTS, Partition
@@ -157,6 +157,59 @@ def test_what_a_promise_will_be_tested_on_is_not_read(entry, folder):
 @pytest.mark.parametrize("entry", ENTRIES[1:5], ids=lambda entry: entry.__name__)
 def test_other_parts_are_read_when_told(entry, folder):
     reads_what_it_is_told(entry, folder)
+
+
+def tuned_on(monkeypatch, *arguments: str) -> list[list[int]]:
+    """The recorded layers that `tune` reads."""
+    found = []
+
+    def walk(arguments, recorded, model):
+        found.extend(recorded.layers_run)
+        raise Stopped
+
+    monkeypatch.setattr(cli_speed, "exits_to_walk", walk)
+    with pytest.raises(Stopped):
+        main(["tune", *arguments])
+    return found
+
+
+@pytest.mark.parametrize("told", ((), ("report",)))
+def test_of_the_exits_that_ship_those_are_read_that_may_be(told, monkeypatch):
+    shipped = default_exits()
+    parts = [Partition().part_of(text) for text in shipped["inputs"]]
+    expected = [row for row, part in zip(shipped["layers_run"], parts, strict=True) if part in (told or OPEN)]
+    assert 0 < len(expected) < parts.count("calibrate")
+    assert tuned_on(monkeypatch, *(["--part", *told] if told else [])) == expected
+
+
+def recorded_in(path: Path, **fields) -> list[str]:
+    """Exits of inputs without their prefix: text `n` has a token more than the one before."""
+    texts = [one.source.removeprefix("describe: ") for one in INPUTS]
+    lines = [{"input": text, "layers_run": [8] * place, **fields} for place, text in enumerate(texts, 1)]
+    path.write_text("\n".join(map(json.dumps, lines)))
+    return ["--exits", str(path), "--criterion", "softmax"]
+
+
+def test_records_say_what_was_put_before_their_inputs(tmp_path, monkeypatch):
+    expected = [place for place, one in enumerate(INPUTS, 1) if PART_OF[one.source] in OPEN]
+    for arguments in (
+        recorded_in(tmp_path / "said.jsonl", input_prefix="describe: "),
+        [*recorded_in(tmp_path / "told.jsonl"), "--prefix", "describe: "],
+    ):
+        assert [*map(len, tuned_on(monkeypatch, *arguments))] == expected
+    said = recorded_in(tmp_path / "said.jsonl", input_prefix="describe: ")
+    assert main(["tune", *said, "--prefix", "summarize: "]) == 2
+
+
+def test_records_are_read_with_their_group(tmp_path, monkeypatch, capsys):
+    group = next(name for name in map(str, range(99)) if Partition().part_of(f"describe: {name}") == "select")
+    other = next(name for name in map(str, range(99)) if Partition().part_of(f"describe: {name}") == "calibrate")
+    all_in_one = recorded_in(tmp_path / "one.jsonl", input_prefix="describe: ", topic=group)
+    assert len(tuned_on(monkeypatch, *all_in_one, "--group-by", "topic")) == len(INPUTS)
+    kept = recorded_in(tmp_path / "kept.jsonl", input_prefix="describe: ", topic=other)
+    assert main(["tune", *kept, "--group-by", "topic"]) == main(["tune", *kept, "--group-by", "id"]) == 2
+    first, second = capsys.readouterr().err.splitlines()[-2:]
+    assert "all of inputs in other parts" in first and "--group-by id: a record of --exits has no such" in second
 
 
 def read_texts(**options):

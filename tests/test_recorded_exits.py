@@ -68,3 +68,17 @@ def test_exits_of_another_decoder_are_refused():
         RecordedExits([[1]], 8).check_against(6, (1,))
     with pytest.raises(ValueError, match=r"left after \[3\].* --exit-layers"):
         RecordedExits([[1, 3, 6]]).check_against(6, (1, 2))
+
+
+def test_inputs_of_an_object_go_with_its_texts(tmp_path):
+    path = tmp_path / "exits.json"
+    values = {"layers_run": [[2, 8], [4]], "num_layers": 8, "inputs": ["a", "b"]}
+    path.write_text(json.dumps(values))
+    assert read_exits(path, reads=lambda record: record["input"] == "b").layers_run == [[4]]
+    assert read_exits(path).layers_run == [[2, 8], [4]]
+    with pytest.raises(ValueError, match="has 2 records, all of inputs in other parts"):
+        read_exits(path, reads=lambda record: False)
+    for inputs in (["a"], "ab", ["a", 1], {}):
+        path.write_text(json.dumps({**values, "inputs": inputs}))
+        with pytest.raises(ValueError, match="`inputs` must list the input of each text"):
+            read_exits(path)
