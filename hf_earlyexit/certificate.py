@@ -93,8 +93,8 @@ class Certificate:
         agreement: By way that was agreed with: `texts` compared on the calibrate part, those `different`, and the
             `batch_size`. Losses in `table` are the largest over all ways, of the settings that passed with the first.
         partition: `salt` and `shares` of the parts; None for certificates of before there was a salt.
-        attempts: How many earlier certificates were tested on inputs of this calibrate part, as far as the journal or the
-            ledger of the checkpoint's folder knows; None if neither was kept.
+        attempts: How many earlier certificates were tested on inputs of this calibrate part, as far as the journal or
+            the ledger of the checkpoint's folder knows; None if neither was kept.
     """
 
     certified: bool
