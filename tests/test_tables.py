@@ -129,7 +129,7 @@ DEEP = "[" * 100_000
         ("digits.jsonl", b'{"a": ' + b"9" * 5000 + b"}", "line 1: not JSON that can be read (Exceeds the limit"),
         ("large.jsonl", b'{"a": 1e999}', "line 1: not JSON that can be read (the number 1e999 is too large)"),
         ("none.jsonl", b"", "has no rows"),
-        ("torn.csv.gz", gzip.compress(b"input,target\n" * 9)[:-9], "is not a whole gzip file"),
+        ("torn.csv.gz", gzip.compress(b"input,target\n" * 9, mtime=0)[:-9], "is not a whole gzip file"),
         ("plain.csv.gz", b"input,target\na,b\n", "is not a whole gzip file"),
         ("text.parquet", b"input,target\n", "is no Parquet file that can be read"),
         ("none.parquet", b"", "is no Parquet file that can be read"),
