@@ -71,7 +71,7 @@ def exits_of_other_inputs(folder: Path):
 
 CALLS = {
     "shares and parts": lambda folder: Partition(shares={"explore": 0.5, "select": 0.5}),
-    "costs and columns": lambda folder: calibrate([[0.0, 0.0]] * 30, [1.0], 0.5),
+    "costs and columns": lambda folder: calibrate([[0.0, 0.0]] * 30, [1.0], target=0.5, delta=0.1),
     "confidences and agreement": lambda folder: fit_accuracy("softmax", {1: [0.5] * 60}, {1: [1] * 59}),
     "exits and inputs": exits_of_other_inputs,
     "fields of a ledger": lambda folder: Attempt.from_dict({"inputs": ["a"], "salt": "b"}),
@@ -80,7 +80,7 @@ CALLS = {
 
 @pytest.mark.parametrize("name", CALLS)
 def test_lists_of_other_lengths_are_refused(name, tmp_path):
-    with pytest.raises(ValueError, match="one for each|must be|of the same tokens|has \\["):
+    with pytest.raises(ValueError, match="one for each|must be|of the same tokens|the input of each text|has \\["):
         CALLS[name](tmp_path)
 
 
