@@ -24,7 +24,7 @@ from hf_earlyexit.cli_arguments import (
 )
 from hf_earlyexit.cli_data import add_data_arguments, add_partition_arguments, data_name, partition_of, read_examples
 from hf_earlyexit.json_text import read_json
-from hf_earlyexit.output_files import folder_written_beside, refuse_folder_of_model, refuse_overwriting
+from hf_earlyexit.output_files import folder_written_whole, refuse_folder_of_model, refuse_overwriting
 
 
 CALIBRATE = """\
@@ -182,7 +182,7 @@ def save(model, tokenizer, certificate, arguments: argparse.Namespace) -> None:
 
     model.certify(certificate)
     source = Path(model_path(arguments))
-    with folder_written_beside(arguments.output_dir) as folder:
+    with folder_written_whole(arguments.output_dir) as folder:
         if not is_early_exit_checkpoint(source):
             model.save_pretrained(folder)
             tokenizer.save_pretrained(folder)

@@ -50,7 +50,7 @@ def written_beside(path: str | Path, mode: str = "w", **how) -> Iterator[IO]:
 
 
 @contextmanager
-def folder_written_beside(folder: str | Path) -> Iterator[Path]:
+def folder_written_whole(folder: str | Path) -> Iterator[Path]:
     """A new folder to write into, whose files take their places in `folder` when all are written.
 
     It is made in `folder`, whose parent may be on another disk or not to be written to. What else is in `folder`

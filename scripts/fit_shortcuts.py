@@ -29,7 +29,7 @@ from hf_earlyexit.config import early_exit_config
 from hf_earlyexit.extras import require
 from hf_earlyexit.failures import reading, refusals
 from hf_earlyexit.model_card import TrainedExits, make_card
-from hf_earlyexit.output_files import folder_written_beside, refuse_folder_of_model
+from hf_earlyexit.output_files import folder_written_whole, refuse_folder_of_model
 from hf_earlyexit.seen_inputs import TRAINING
 from hf_earlyexit.shortcuts import (
     KIND,
@@ -154,7 +154,7 @@ def save(
     )
     name = Path(arguments.output_dir).name
     trained = TrainedExits(name, name, model.early_exit, model.config.num_decoder_layers, metrics, how, ABOUT)
-    with folder_written_beside(arguments.output_dir) as folder:
+    with folder_written_whole(arguments.output_dir) as folder:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         make_card(trained, ModelCardData(base_model=on_hub(arguments.model))).save(folder / "README.md")

@@ -80,6 +80,14 @@ PROPER = some.text(some.characters(exclude_categories=("Cs",)), max_size=12)
 LINES = PROPER.map(lambda text: text.translate({10: None, 13: None, 0xFEFF: None})).filter(str.strip)
 SUFFIXES = some.sampled_from((*READERS, *(f"{one}.gz" for one in READERS), ".txt", ".txt.gz"))
 
+ROWS_OF_TEXTS = some.lists(some.tuples(PROPER, PROPER).map(list), min_size=1, max_size=4)
+TABLES = {
+    "rows": ROWS_OF_TEXTS,
+    "quoting": some.sampled_from((csv.QUOTE_ALL, csv.QUOTE_NONNUMERIC)),
+    "ends": some.sampled_from(("\n", "\r\n", "\r")),
+    "suffix": some.sampled_from((".csv", ".tsv")),
+}
+
 
 def try_many(trial, values, folder, count: int) -> None:
     """Call `trial(folder, **values)` for so many drawn values."""

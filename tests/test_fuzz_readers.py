@@ -23,7 +23,7 @@ from hf_earlyexit.recorded_exits import read_exits
 from hf_earlyexit.report import read_results
 from hf_earlyexit.seen_inputs import SeenInputs
 from hf_earlyexit.tables import read_file
-from tests.strange_files import CONTENTS, FEW, LINES, MANY, NAMES, PROPER, SUFFIXES, try_many
+from tests.strange_files import CONTENTS, FEW, LINES, MANY, NAMES, PROPER, SUFFIXES, TABLES, try_many
 
 
 class Arguments:
@@ -96,12 +96,7 @@ TRIALS = {
     "any file": (try_all_readers, {"content": CONTENTS, "suffix": SUFFIXES}),
     "delimited": (
         read_back,
-        {
-            "rows": some.lists(some.tuples(PROPER, PROPER).map(list), min_size=1, max_size=4),
-            "quoting": some.sampled_from((csv.QUOTE_ALL, csv.QUOTE_NONNUMERIC)),
-            "ends": some.sampled_from(("\n", "\r\n", "\r")),
-            "suffix": some.sampled_from((".csv", ".tsv")),
-        },
+        TABLES,
     ),
     "JSON": (
         json_back,

@@ -26,7 +26,7 @@ from hf_earlyexit.default import CHECKPOINT, load_default
 from hf_earlyexit.seen_inputs import FILE as SEEN
 from hf_earlyexit.seen_inputs import IN_CONFIG
 from tests.certificates import certificate_for
-from tests.strange_files import CONTENTS, FEW, LINES, MANY, NAMES, PROPER, SUFFIXES, VALUES, try_many
+from tests.strange_files import CONTENTS, FEW, LINES, MANY, NAMES, ROWS_OF_TEXTS, SUFFIXES, TABLES, VALUES, try_many
 from tests.tiny import tiny_config
 
 
@@ -211,17 +211,12 @@ TRIALS = {
     "any file": (any_file, {"content": CONTENTS, "suffix": SUFFIXES}),
     "tables": (
         table,
-        {
-            "rows": some.lists(some.tuples(PROPER, PROPER).map(list), min_size=1, max_size=4),
-            "quoting": some.sampled_from((csv.QUOTE_ALL, csv.QUOTE_NONNUMERIC)),
-            "ends": some.sampled_from(("\n", "\r\n", "\r")),
-            "suffix": some.sampled_from((".csv", ".tsv")),
-        },
+        TABLES,
     ),
     "JSON lines": (
         json_lines,
         {
-            "rows": some.lists(some.tuples(PROPER, PROPER).map(list), min_size=1, max_size=4),
+            "rows": ROWS_OF_TEXTS,
             "ensure_ascii": some.booleans(),
         },
     ),

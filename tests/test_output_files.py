@@ -10,7 +10,7 @@ import pytest
 from hf_earlyexit.cli import main
 from hf_earlyexit.default import CHECKPOINT
 from hf_earlyexit.output_files import (
-    folder_written_beside,
+    folder_written_whole,
     refuse_folder_of_model,
     refuse_overwriting,
     write_text,
@@ -133,19 +133,19 @@ def test_a_folder_takes_its_place_when_it_is_whole(tmp_path):
     (place / "sub").mkdir(parents=True)
     for name in ("config.json", "results.json", "sub/old"):
         (place / name).write_text("old")
-    with pytest.raises(RuntimeError), folder_written_beside(place) as folder:
+    with pytest.raises(RuntimeError), folder_written_whole(place) as folder:
         (folder / "config.json").write_text("half")
         (folder / "stale").write_text("half")
         raise RuntimeError
     assert (place / "config.json").read_text() == "old" and beside.is_dir()
-    with folder_written_beside(place) as folder:
+    with folder_written_whole(place) as folder:
         (folder / "sub").mkdir()
         for name in ("config.json", "sub/new"):
             (folder / name).write_text("new")
     found = {str(file.relative_to(place)): file.read_text() for file in place.rglob("*") if file.is_file()}
     assert found == {"config.json": "new", "results.json": "old", "sub/old": "old", "sub/new": "new"}
     assert not beside.exists()
-    with folder_written_beside(tmp_path / "an/other") as folder:
+    with folder_written_whole(tmp_path / "an/other") as folder:
         (folder / "config.json").write_text("new")
     assert [*(tmp_path / "an/other").iterdir()] == [tmp_path / "an/other/config.json"]
 
