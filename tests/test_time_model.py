@@ -94,7 +94,8 @@ def test_the_parts_are_found_in_times_that_are_made_of_them(rows):
 
 
 def test_a_time_model_of_a_real_model():
-    """That every part has some time, for the rows asked for; no claim about how much."""
+    """Each part is there for the rows asked for. What is measured by itself took some time; what is a difference of
+    two measured times can be anything around 0 where layers are this small."""
     _, model = tiny_pair("tied", dtype=torch.float32, early_exit=EarlyExitConfig((2, 4)))
     rounds = []
     found = measure_time_model(
@@ -107,7 +108,8 @@ def test_a_time_model_of_a_real_model():
         after_round=lambda: rounds.append(1),
     )
     assert found.rows == (1, 2, 3) and found.scores and found.criterion == "softmax"
-    assert min(*found.layer, *found.head, *found.step, found.source) > 0
+    assert all(len(part) == 3 for part in (found.layer, found.head, found.question, found.step))
+    assert min(*found.head, found.source) > 0 and min(*found.question, *found.step, found.departure) >= 0
     assert len(rounds) == rounds_in_all(3, 2) == 6
     assert not measure_time_model(model, "state", new_tokens=24, source=5, rounds=1).scores
 
