@@ -32,7 +32,7 @@ def batches(texts: list[str], size: int = 16):
 
 
 def generate(model, inputs, **kwargs):
-    return model.generate(**inputs, max_new_tokens=48, return_dict_in_generate=True, output_scores=True, **kwargs)
+    return model.generate(**inputs, max_new_tokens=32, return_dict_in_generate=True, output_scores=True, **kwargs)
 
 
 def differences(output, expected) -> list[laws.Tie]:

@@ -103,7 +103,7 @@ def test_a_time_model_of_a_real_model():
         "softmax",
         batch_size=3,
         source=5,
-        new_tokens=24,
+        new_tokens=14,
         rounds=2,
         after_round=lambda: rounds.append(1),
     )
@@ -111,7 +111,7 @@ def test_a_time_model_of_a_real_model():
     assert all(len(part) == 3 for part in (found.layer, found.head, found.question, found.step))
     assert min(*found.head, found.source) > 0 and min(*found.question, *found.step, found.departure) >= 0
     assert len(rounds) == rounds_in_all(3, 2) == 6
-    assert not measure_time_model(model, "state", new_tokens=24, source=5, rounds=1).scores
+    assert not measure_time_model(model, "state", new_tokens=14, source=5, rounds=1).scores
 
 
 def test_rows_are_timed_at_powers_of_two_and_at_the_batch():
