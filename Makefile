@@ -3,6 +3,8 @@
 quality:
 	ruff check .
 	ruff format --check .
+	lint-imports setup.cfg
+	python .ci/shape
 
 style:
 	ruff check --fix .

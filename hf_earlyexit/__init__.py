@@ -1,13 +1,13 @@
-"""Early-exit text generation for Hugging Face Transformers: easy tokens leave the decoder early."""
+"""Early-exit text generation for Hugging Face Transformers: easy tokens exit the decoder early."""
 
-from hf_earlyexit.cache import EarlyExitCache
-from hf_earlyexit.config import ClassifierConfig, EarlyExitConfig, EarlyExitT5Config
-from hf_earlyexit.generation import EarlyExitGenerateBeamOutput, EarlyExitGenerateOutput
-from hf_earlyexit.models import EarlyExitT5ForConditionalGeneration
-from hf_earlyexit.policies import ExitPoint
+from hf_earlyexit.common.version import __version__
+from hf_earlyexit.decoding.cache import EarlyExitCache
+from hf_earlyexit.exits.config import ClassifierConfig, EarlyExitConfig
+from hf_earlyexit.exits.criteria import ExitPoint
+from hf_earlyexit.families.t5.configuration import EarlyExitT5Config
+from hf_earlyexit.families.t5.modeling import EarlyExitT5ForConditionalGeneration
+from hf_earlyexit.generation.mixin import EarlyExitGenerateBeamOutput, EarlyExitGenerateOutput
 
-
-__version__ = "0.1.0"
 
 __all__ = [
     "ClassifierConfig",
@@ -18,4 +18,5 @@ __all__ = [
     "EarlyExitT5Config",
     "EarlyExitT5ForConditionalGeneration",
     "ExitPoint",
+    "__version__",
 ]

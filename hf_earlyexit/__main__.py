@@ -1,8 +1,8 @@
-"""Answers for `python -m hf_earlyexit`."""
+"""Entry point of `python -m hf_earlyexit`."""
 
 import sys
 
-from hf_earlyexit.cli import main
+from hf_earlyexit.cli.main import main
 
 
 if __name__ == "__main__":

@@ -1,14 +1,15 @@
-"""Answers for what an exit saves on one CPU thread: `generate` with exits beside stock `generate`, in one process.
+"""Benchmark of exits on one CPU thread: `generate` with exits against stock `generate`, in one process.
 
-Models have random weights; time does not depend on what they say. The stock models hold the very same tensors. Every
-call generates equally many tokens (the end token is shut out until then, on all sides) behind encoder states computed
-beforehand, so that decoders are compared; only beside CTranslate2 does the encoder run, on all sides. Criteria are
-asked at every layer but the last, "fixed" at its own.
+Models have random weights, since time does not depend on the generated text. The stock models share the same tensors.
+All calls generate the same number of tokens (the end token is suppressed until then, for all models) from encoder
+states computed beforehand, so that decoders are compared. Only in comparisons with CTranslate2 does the encoder run,
+for all models. Criteria are evaluated at every layer but the last, "fixed" at its own layer.
 
-A case is a set of calls, run in turn, in a new random order every round. A bar compares one call with a sum of others,
-round by round; the ratio reported is the median over rounds, with the interquartile range as a share of it. Where that
-is above 5 %, the bar's calls are measured again: the steadiest measurement counts, all are listed. Bars that are
-missed are printed like those that are met. The last line is one JSON object with everything, times in seconds.
+A case is a set of calls that take turns, in a new random order every round. A bar compares one call with a sum of
+other calls, round by round. Its ratio is the median over rounds, reported with the interquartile range as a share of
+the median. If that share is above 5 %, the bar's calls are measured again; the measurement with the smallest spread
+counts and all are listed. Missed bars are printed like met ones. The last line is one JSON object with everything,
+times in seconds.
 
 Example:
     python scripts/benchmark.py --cases batch1,rows --source 16,128 --json-out benchmark.json
@@ -25,15 +26,15 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import benchmark_device
 import torch
-from benchmark_grid import Cell, GridBench, fill_case, shipped_case, vain_case
-from benchmark_mechanism import batch1_case, ctranslate2_case, phase_case, rows_case
-from benchmark_models import BATCH, Bench, Case, OwnBench, early_exit_config, import_ctranslate2, translator_of
-from benchmark_report import describe, measure_until_steady, print_case, surroundings
+from benchmarks import device
+from benchmarks.grid import Cell, GridBench, fill_case, shipped_case, vain_case
+from benchmarks.mechanism import batch1_case, ctranslate2_case, phase_case, rows_case
+from benchmarks.models import BATCH, Bench, Case, OwnBench, early_exit_config, import_ctranslate2, translator_of
+from benchmarks.report import describe, measure_until_steady, print_case, surroundings
 
-from hf_earlyexit.machine import load
-from hf_earlyexit.timing import CLOCKS
+from hf_earlyexit.common.machine import load
+from hf_earlyexit.speed.timing import CLOCKS
 
 
 CASES = ("batch1", "rows", "phase", "ctranslate2")
@@ -83,7 +84,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def make_grid_cases(bench: GridBench, args: argparse.Namespace) -> Iterator[Case]:
-    """The cells asked for, each when its turn comes."""
+    """The requested cells, each made when it is due."""
     if "shipped" in args.cases:
         yield from (shipped_case(rows) for rows in args.batch)
     for source in args.source:
@@ -97,7 +98,7 @@ def make_grid_cases(bench: GridBench, args: argparse.Namespace) -> Iterator[Case
 
 
 def make_cases(bench: Bench, args: argparse.Namespace) -> Iterator[Case]:
-    """The cases asked for, each when its turn comes."""
+    """The requested cases, each made when it is due."""
     if "batch1" in args.cases:
         yield batch1_case(bench, min(args.source))
     for length in args.source:
@@ -112,7 +113,7 @@ def make_cases(bench: Bench, args: argparse.Namespace) -> Iterator[Case]:
 
 
 def peak_memory() -> dict[str, int]:
-    """MiB that this process has held at most: of one kind of call where `--only` names one beside stock."""
+    """Peak memory of this process in MiB. With `--only` and one kind of call beside stock, it is that kind's peak."""
     found = {"resident": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024}
     if torch.cuda.is_available():
         found["cuda"] = torch.cuda.max_memory_allocated() // 2**20
@@ -121,7 +122,7 @@ def peak_memory() -> dict[str, int]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     if any(one.split("=")[0] == "--device" for one in (sys.argv[1:] if arguments is None else arguments)):
-        benchmark_device.main(arguments)
+        device.main(arguments)
         return
     args, start = parse(arguments), time.perf_counter()
     if "ctranslate2" in args.cases:

@@ -1,6 +1,7 @@
-"""Answers for how cells of `benchmark.py --cases grid` look: one picture, one table in Markdown.
+"""Draw the cells of `benchmark.py --cases grid` as one figure, and print them as one Markdown table.
 
-Every call's time over stock's of the same round, the median of all rounds; left of 1 is faster than stock.
+Shown is each call's time divided by stock's in the same round, as the median over rounds. Values below 1, left in the
+figure, are faster than stock.
 
 Example:
     python scripts/benchmark_plot.py calm.json base.json --png speed.png
@@ -14,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from hf_earlyexit.extras import require
+from hf_earlyexit.common.extras import require
 
 
 KINDS = {
@@ -30,7 +31,7 @@ KINDS = {
 
 
 def ratios_of(case: dict[str, Any]) -> dict[str, dict[str, float]]:
-    """Median and interquartile range of every call over stock, by its name."""
+    """Median and interquartile range of each call's time relative to stock, by the call's name."""
     found = {}
     for bar in case["bars"]:
         name, _, against = bar["name"].rpartition(" / ")
@@ -40,7 +41,7 @@ def ratios_of(case: dict[str, Any]) -> dict[str, dict[str, float]]:
 
 
 def shown(case: dict[str, Any]) -> dict[str, dict[str, float]]:
-    """The ways to decode among them."""
+    """Those of `ratios_of` that are ways to decode, which are drawn."""
     return {name: ratio for name, ratio in ratios_of(case).items() if name.startswith(tuple(KINDS))}
 
 
@@ -49,7 +50,7 @@ def kind_of(name: str) -> str:
 
 
 def draw(cases: Sequence[dict[str, Any]], path: Path) -> None:
-    """A panel per cell, a line per call."""
+    """Draw a panel per cell, with a line per call."""
     pyplot = require("matplotlib.pyplot", "report")
     cases = [case for case in cases if shown(case)]
     sizes = [len(shown(case)) for case in cases]
@@ -65,7 +66,7 @@ def draw(cases: Sequence[dict[str, Any]], path: Path) -> None:
 
 
 def draw_cell(case: dict[str, Any], panel: Any) -> None:
-    """One panel: the median as a dot, the interquartile range as a line, the number beside it."""
+    """Draw one panel: the median as a dot and as a number, the interquartile range as a line."""
     found = shown(case)
     names = sorted(found, key=lambda name: -found[name]["median"])
     for place, name in enumerate(names):
@@ -86,7 +87,7 @@ def draw_cell(case: dict[str, Any], panel: Any) -> None:
 
 
 def table(cases: Sequence[dict[str, Any]]) -> str:
-    """A row per call, a column per cell; in brackets the interquartile range as a share of the median."""
+    """Markdown table with a row per call and a column per cell. In brackets: interquartile range over median."""
     columns = [ratios_of(case) for case in cases]
     names = list(dict.fromkeys(name for column in columns for name in column))
     lines = ["| time over stock's | " + " | ".join(case["name"] for case in cases) + " |"]

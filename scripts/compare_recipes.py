@@ -1,18 +1,18 @@
 """Compare recipes for exits on one task: the same plain checkpoint, the same rows, the same number of steps.
 
-Every recipe starts from the plain checkpoint given, trains on the same batches, and is evaluated like the others: the
-quality of full depth before and after, the quality at half of the layers, and the area under the curve of quality over
-time, all with 95 % intervals over inputs, beside what the training cost. Losses are kept. What is done is read back
-when the command is given again.
+Every recipe starts from the given plain checkpoint, trains on the same batches, and is evaluated in the same way:
+quality at full depth before and after, quality at half of the layers, and the area under the curve of quality over
+time, all with 95 % intervals over inputs, and the cost of training. Recipes that lose are listed like the others. When
+the command is repeated, finished recipes are read back.
 
     python scripts/compare_recipes.py --model plain --train_file train.csv --validation_file validation.csv \\
         --prefix "describe: " --exit_layers 2 4 6 --max_steps 150 --output_dir recipes --table recipes.md
 
-Quality is ROUGE-L (best of an input's references). Settings are thresholds of the top-two gap, from never leaving to
-leaving at the first exit point asked. At half of the layers, quality is taken as linear in layers between the two
-settings around. The area is the mean, over times from half of stock's time to all of it, of the best quality of a
-setting that was measured to take no longer (0 where none did): one text at a time, on one thread of the CPU. Every
-recipe is one run with one seed; what another seed would give is not in the intervals. The last line of stdout is JSON.
+Quality is ROUGE-L (best of an input's references). Settings are thresholds of the top-two gap, from no exits to
+exiting always at the first exit point. Quality at half of the layers is interpolated linearly in layers between the
+two nearest settings. The area is the mean, over times from half of stock's time to all of it, of the best quality
+among settings measured to take no longer (0 if there is none): one text at a time, on one CPU thread. Every recipe is
+one run with one seed; the intervals do not include variation over seeds. The last line of stdout is JSON.
 """
 
 from __future__ import annotations
@@ -39,28 +39,28 @@ from transformers import (
 )
 
 from hf_earlyexit import EarlyExitConfig, EarlyExitT5ForConditionalGeneration
-from hf_earlyexit.config import early_exit_config
-from hf_earlyexit.data import Example
-from hf_earlyexit.evaluation import evaluate_model
-from hf_earlyexit.extras import require
-from hf_earlyexit.failures import refusals
-from hf_earlyexit.grid import Grid
-from hf_earlyexit.lora import add_lora, merge_lora
-from hf_earlyexit.machine import environment, load
-from hf_earlyexit.output_files import refuse_folder_of_model, refuse_overwriting, write_text
-from hf_earlyexit.shortcuts import fit_shortcuts
-from hf_earlyexit.tokenizer import load_tokenizer
-from hf_earlyexit.training import EarlyExitTrainer
+from hf_earlyexit.common.data import Example
+from hf_earlyexit.common.extras import require
+from hf_earlyexit.common.failures import refusals
+from hf_earlyexit.common.machine import environment, load
+from hf_earlyexit.common.output_files import refuse_folder_of_model, refuse_overwriting, write_text
+from hf_earlyexit.common.tokenizer import load_tokenizer
+from hf_earlyexit.evaluation.grid import Grid
+from hf_earlyexit.evaluation.model_evaluation import evaluate_model
+from hf_earlyexit.families.t5.configuration import early_exit_config
+from hf_earlyexit.training.lora import add_lora, merge_lora
+from hf_earlyexit.training.shortcuts import fit_shortcuts
+from hf_earlyexit.training.trainer import EarlyExitTrainer
 
 
-BEFORE = "logit lens"  # the recipe that trains nothing
+BEFORE = "logit lens"  # the recipe without training
 NOT_OF_THE_BUDGET = ("recipes", "beside", "table")
 THRESHOLDS = (0.9, 0.6, 0.3, 0.0)
 
 
 @dataclass
 class ComparisonArguments:
-    """What is compared, and under what budget."""
+    """The recipes that are compared, and their budget."""
 
     model: str = field(metadata={"help": "a plain T5 checkpoint: a folder or a Hub id"})
     output_dir: str = field(metadata={"help": "folder of results, one for each recipe"})
@@ -78,7 +78,7 @@ class ComparisonArguments:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Train and evaluate every recipe that is not done yet; the last line printed is JSON."""
+    """Train and evaluate every unfinished recipe; the last line printed is JSON."""
     parser = HfArgumentParser((ComparisonArguments, DataArguments), description=__doc__, formatter_class=HelpFormatter)
     arguments, data = parser.parse_args_into_dataclasses(argv)
     with refusals(parser.prog):
@@ -99,7 +99,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def check_recipes(arguments: ComparisonArguments) -> None:
-    """Refuse recipes that are not known and a budget of nothing."""
+    """Refuse unknown or repeated recipes, too small budgets, and missing exit points or packages."""
     if unknown := sorted(set(arguments.recipes) - set(RECIPES)):
         raise ValueError(f"--recipes has {unknown}; there are {list(RECIPES)}.")
     for name in ("max_steps", "batch_size", "inputs"):
@@ -118,12 +118,14 @@ def check_recipes(arguments: ComparisonArguments) -> None:
 
 
 class Comparison:
-    """One task and one budget, under which recipes are tried one after the other.
+    """One task and one budget, under which recipes are run one after the other.
 
     Args:
+        arguments: The recipes and the budget.
+        data: How texts are read and cut.
         train_pairs: Inputs and targets.
-        examples: Distinct validation inputs, in random order; the first ones are judged, the next ones watched while
-            training.
+        examples: Distinct validation inputs, in random order. The first `inputs` are for the final evaluation, the
+            next 32 for evaluations during training.
     """
 
     def __init__(
@@ -145,7 +147,7 @@ class Comparison:
 
     @property
     def budget(self) -> str:
-        """In words."""
+        """The budget in words."""
         asked = self.arguments
         return (
             f"{asked.max_steps} steps of {asked.batch_size} rows, exit points {asked.exit_layers}, "
@@ -153,11 +155,11 @@ class Comparison:
         )
 
     def of_recipe(self, name: str) -> dict[str, Any]:
-        """What a recipe comes to; read back if it has been tried."""
+        """Result of a recipe; read back if it was already run under this budget."""
         return self._once(name, repr(RECIPES[name]), lambda: self._try_recipe(name, RECIPES[name]))
 
     def of_checkpoint(self, path: str) -> dict[str, Any]:
-        """What an early-exit checkpoint comes to, whatever it cost, asked at the same exit points."""
+        """Result of an early-exit checkpoint, evaluated at the same exit points, whatever its training cost."""
         return self._once(Path(path).name, path, lambda: self._try_checkpoint(path))
 
     def _once(self, name: str, what: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -190,18 +192,18 @@ class Comparison:
         return {"source": path, "cost": None, **self.evaluate(model, self.arguments.exit_layers)}
 
     def evaluate(self, model: EarlyExitT5ForConditionalGeneration, layers: Sequence[int]) -> dict[str, Any]:
-        """Quality, area and points of a model, asked at some exit points, and where they were measured."""
+        """Quality, area and points of a model at the exit points `layers`, and the machine they were measured on."""
         curve = f"softmax:{','.join(map(str, layers))}"
         grid = Grid({curve: THRESHOLDS}, (1,), ("row",), self.arguments.rounds)
         generation = {"max_new_tokens": self.data.max_target_tokens}
         cut = {"max_source_tokens": self.data.max_source_tokens}
         read = {"parts": self.data.validation_parts, "partition": partition_of(self.data)}
-        model = model.to("cpu").eval()  # where times of one text are compared, wherever it was trained
+        model = model.to("cpu").eval()  # times of one text are compared on the CPU, wherever the model was trained
         results = evaluate_model(model, self.tokenizer, self.judged, grid, generation=generation, **cut, **read)
         return {**summarize(results, curve), "environment": environment(), "load": load()}
 
     def train(self, model: EarlyExitT5ForConditionalGeneration, recipe: Recipe, folder: Path) -> dict[str, Any]:
-        """What it took: CPU seconds, two small evaluations included, and how many parameters moved."""
+        """Train, and return the cost: CPU seconds, with two small evaluations, and number of trained parameters."""
         start, moved = time.process_time(), 0
         collate = DataCollatorForSeq2Seq(self.tokenizer, model=model)
         if recipe.shortcuts:

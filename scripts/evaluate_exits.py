@@ -1,15 +1,15 @@
-"""`hf-earlyexit evaluate` as a script, for a checkout: the same arguments, see `--help`.
+"""`hf-earlyexit evaluate` as a script for use in a checkout, with the same arguments; see `--help`.
 
     python scripts/evaluate_exits.py --max-inputs 64 --output results.json
 
-It is not named `evaluate.py`: a script of that name hides the library `evaluate` from what it imports.
+The script is not named `evaluate.py`, because that name would hide the library `evaluate` from its imports.
 """
 
 from __future__ import annotations
 
 import sys
 
-from hf_earlyexit.cli import main
+from hf_earlyexit.cli.main import main
 
 
 if __name__ == "__main__":

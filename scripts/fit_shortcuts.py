@@ -1,11 +1,12 @@
-"""Fit linear shortcuts in closed form: exit heads for a T5 that was never trained to exit, without training it.
+"""Fit linear shortcuts in closed form: exit heads for a T5 without exit training.
 
     python scripts/fit_shortcuts.py --model google-t5/t5-small --dataset cnn_dailymail --prefix "summarize: " \\
         --max_train_rows 2000 --max_validation_inputs 300 --output_dir shortcuts
 
-Every exit point gets a matrix that guesses the last layer's output from its own by least squares
-(`hf_earlyexit.shortcuts`); nothing else of the model changes. How often exits agree with full depth is measured on
-validation inputs, each with its first reference, beside the logit lens. The last line of stdout is JSON.
+Every exit point gets a matrix that predicts the last layer's output from its own by least squares
+(`hf_earlyexit.training.shortcuts`); nothing else in the model changes. Agreement of the exits with full depth is
+measured on validation inputs, each with its first reference, and compared with the logit lens. The last line of stdout
+is JSON.
 """
 
 from __future__ import annotations
@@ -25,13 +26,14 @@ from torch.utils.data import DataLoader
 from transformers import DataCollatorForSeq2Seq, HfArgumentParser, PreTrainedTokenizerBase
 
 from hf_earlyexit import EarlyExitConfig, EarlyExitT5ForConditionalGeneration
-from hf_earlyexit.config import early_exit_config
-from hf_earlyexit.extras import require
-from hf_earlyexit.failures import reading, refusals
-from hf_earlyexit.model_card import TrainedExits, make_card
-from hf_earlyexit.output_files import folder_written_whole, refuse_folder_of_model
-from hf_earlyexit.seen_inputs import TRAINING
-from hf_earlyexit.shortcuts import (
+from hf_earlyexit.common.extras import require
+from hf_earlyexit.common.failures import reading, refusals
+from hf_earlyexit.common.output_files import folder_written_whole, refuse_folder_of_model
+from hf_earlyexit.common.seen_inputs import TRAINING
+from hf_earlyexit.common.tokenizer import load_tokenizer
+from hf_earlyexit.families.t5.configuration import early_exit_config
+from hf_earlyexit.training.model_card import TrainedExits, make_card
+from hf_earlyexit.training.shortcuts import (
     KIND,
     ExitWorth,
     ShortcutFit,
@@ -40,7 +42,6 @@ from hf_earlyexit.shortcuts import (
     measure_shortcuts,
     with_full_depth_labels,
 )
-from hf_earlyexit.tokenizer import load_tokenizer
 
 
 ABOUT = "Its exit heads are linear shortcuts, fitted in closed form; the rest is the model that it was made of."
@@ -87,7 +88,7 @@ def main(argv: list[str] | None = None) -> None:
     train = batches_of(tokenize(tokenizer, train_pairs, data), tokenizer, arguments.batch_size)
     if arguments.own_texts:
         train = with_full_depth_labels(model, train, max_new_tokens=data.max_target_tokens)
-    with refusals(parser.prog):  # too few rows, or too much alike
+    with refusals(parser.prog):  # too few rows, or rows too similar
         fit = fit_shortcuts(model, train, ridge=arguments.ridge)
     validation = batches_of(tokenize(tokenizer, validation_pairs, data), tokenizer, arguments.batch_size)
     report = measure_shortcuts(model, validation)
@@ -99,7 +100,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def check_fit(arguments: FitArguments) -> None:
-    """Refuse what cannot be done, before any work."""
+    """Refuse invalid arguments before any work."""
     for name in ("max_train_rows", "batch_size"):
         if (value := getattr(arguments, name)) is not None and value < 1:
             raise ValueError(f"--{name} must be at least 1, got {value}.")
@@ -109,7 +110,7 @@ def check_fit(arguments: FitArguments) -> None:
 
 
 def shortcut_config(arguments: FitArguments) -> EarlyExitConfig:
-    """The checkpoint's exit points, or those asked for, with shortcuts."""
+    """Config with shortcuts at the given exit points, or at the checkpoint's."""
     checkpoint, _ = early_exit_config(arguments.model, None, {})
     own = EarlyExitConfig.from_dict(checkpoint.early_exit)
     layers = own.exit_layers if arguments.exit_layers is None else arguments.exit_layers
@@ -123,7 +124,7 @@ def chosen(pairs: list[tuple[str, str]], arguments: FitArguments) -> list[tuple[
 
 
 def batches_of(rows: Dataset, tokenizer: PreTrainedTokenizerBase, size: int) -> DataLoader:
-    """The rows in padded batches, in order."""
+    """The rows in padded batches, in their order."""
     return DataLoader(rows, batch_size=size, collate_fn=DataCollatorForSeq2Seq(tokenizer))
 
 

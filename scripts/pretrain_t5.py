@@ -1,14 +1,14 @@
 """Train a tokenizer and a plain T5 from scratch on pairs of texts: a checkpoint without exits, for stock transformers.
 
-The model is in the shape of T5 1.1 with tied embeddings, the tokenizer a unigram model of the training texts. It is
-the first of the three stages of an early-exit checkpoint where there is no pretrained model for the texts at hand; the
-other two are `scripts/train_exits.py`.
+The model has the architecture of T5 1.1 with tied embeddings; the tokenizer is a unigram model of the training texts.
+This is the first of three stages of an early-exit checkpoint, needed if there is no pretrained model for the texts.
+The other two stages are runs of `scripts/train_exits.py`.
 
     python scripts/pretrain_t5.py --train_file train.jsonl.gz --validation_file validation.jsonl.gz \\
         --prefix "summarize: " --output_dir plain --num_train_epochs 3 --learning_rate 1.5e-3 --bf16
 
-A run that was cut off goes on with `--resume`; its tokenizer is then read back from the output folder. All arguments
-of `Seq2SeqTrainingArguments` are arguments here. The last line of stdout is JSON.
+`--resume` continues an interrupted run and reads its tokenizer back from the output folder. All arguments of
+`Seq2SeqTrainingArguments` are accepted. The last line of stdout is JSON.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ from transformers import (
 )
 from transformers.trainer_utils import get_last_checkpoint
 
-from hf_earlyexit.failures import reading, refusals
-from hf_earlyexit.metrics import ROUGE_TYPES
-from hf_earlyexit.output_files import refuse_folder_of_model
-from hf_earlyexit.seen_inputs import TRAINING, SeenInputs
-from hf_earlyexit.text_trainer import TextTrainer
-from hf_earlyexit.tokenizer import load_tokenizer
+from hf_earlyexit.common.failures import reading, refusals
+from hf_earlyexit.common.output_files import refuse_folder_of_model
+from hf_earlyexit.common.seen_inputs import TRAINING, SeenInputs
+from hf_earlyexit.common.tokenizer import load_tokenizer
+from hf_earlyexit.evaluation.metrics import ROUGE_TYPES
+from hf_earlyexit.training.text_trainer import TextTrainer
 
 
 PAD, END, UNKNOWN = "<pad>", "</s>", "<unk>"
@@ -125,7 +125,7 @@ def main(argv: list[str] | None = None) -> None:
         compute_metrics=RougeOfDistinctInputs(tokenizer, examples),
         optimizers=(scaled_steps(model.parameters(), training) if run.scaled_steps else None, None),
     )
-    # T5 takes `num_items_in_batch` and ignores it: whoever believes it was heeded adds accumulated losses up.
+    # T5 accepts `num_items_in_batch` but ignores it. Else Trainer would sum accumulated losses instead of averaging.
     trainer.model_accepts_loss_kwargs = False
     seen = seen.plus(TRAINING, texts.sources)
     seen.name_in(model.config)
@@ -135,7 +135,7 @@ def main(argv: list[str] | None = None) -> None:
     metrics |= {"validation_inputs": len(examples), **trainer.evaluate()}
     trainer.save_state()
     if trainer.is_world_process_zero():
-        seen.save(folder)  # before the model, with which a push to a Hub takes it along
+        seen.save(folder)  # before the model is saved, so that a push to a Hub includes the file
     trainer.save_model()
     if trainer.is_world_process_zero():
         command = shlex.join(["python", "scripts/pretrain_t5.py", *argv])
@@ -144,7 +144,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 class SavesSeenInputs(TrainerCallback):
-    """The inputs that were trained on go with every checkpoint, as its config says."""
+    """Saves the list of seen training inputs, which the config names, with every checkpoint."""
 
     def __init__(self, seen: SeenInputs):
         self.seen = seen
@@ -171,7 +171,7 @@ def check_shape(shape: ShapeArguments) -> None:
 
 
 def check_run(run: RunArguments, shape: ShapeArguments, training: Seq2SeqTrainingArguments) -> None:
-    """Refuse stretches without words, two optimizers, and a shape that the checkpoint gone on from would not have."""
+    """Refuse empty segments, two optimizers, and shape arguments together with `--start_from`."""
     if run.scaled_steps and training.optim != Seq2SeqTrainingArguments.optim:
         raise ValueError(
             f"--optim {training.optim.value} does not go with --scaled_steps, which is one: leave it out."
@@ -189,7 +189,7 @@ def check_run(run: RunArguments, shape: ShapeArguments, training: Seq2SeqTrainin
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """A unigram tokenizer (Kudo, arXiv 1804.10959) of these texts, with T5's special tokens and its end token."""
+    """Train a unigram tokenizer (Kudo, arXiv 1804.10959) with T5's special tokens; it appends T5's end token."""
     tokenizer = Tokenizer(models.Unigram())
     one_space = normalizers.Replace(Regex(" {2,}"), " ")
     tokenizer.normalizer = normalizers.Sequence([normalizers.Nmt(), normalizers.NFKC(), one_space])
@@ -206,17 +206,23 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
 
 
 def known_tokenizer(folder: Path) -> PreTrainedTokenizerFast | None:
-    """The tokenizer of an earlier start of this run, or of its first process; None: there is none yet."""
+    """The tokenizer saved by an earlier start of this run, or by its first process; None if there is none yet."""
     return AutoTokenizer.from_pretrained(folder) if (folder / "tokenizer.json").is_file() else None
 
 
 def denoising_pairs(
     pairs: Iterable[tuple[str, str]], prefix: str, length: int, seed: int
 ) -> Iterator[tuple[str, str]]:
-    """Stretches of inputs to restore from which words are missing (BART's token deletion, arXiv 1910.13461, of words).
+    """Training pairs that restore segments of inputs from which words were deleted.
 
-    Targets of summaries are a few tokens, and say little of how to read. To find a word in the input in order to copy
-    it is learnt the sooner the fewer there are, so `length` is the words of one stretch.
+    This is BART's token deletion (arXiv 1910.13461), applied to words. Summary targets have only a few tokens and
+    teach little about reading. The fewer words a segment has, the sooner a model learns to find and copy one.
+
+    Args:
+        pairs: Inputs, with `prefix`, and targets.
+        prefix: Removed from the inputs.
+        length: Words of a segment.
+        seed: Of the deletions.
     """
     random = Random(seed)
     for source, _ in pairs:
@@ -228,17 +234,18 @@ def denoising_pairs(
 
 
 def scaled_steps(weights: Iterable[torch.nn.Parameter], training: Seq2SeqTrainingArguments) -> Adafactor:
-    """What T5 was pretrained with (arXiv 1910.10683, section 3.1.2): Adafactor with the steps that its paper defines.
+    """The optimizer of T5's pretraining (arXiv 1910.10683, section 3.1.2): Adafactor with scaled steps.
 
-    A step is in proportion to the root mean square of its weight matrix (arXiv 1804.04235, section 8), so embeddings,
-    which start at 1, move as readily as the small matrices. `--optim adafactor` of Trainer leaves that out.
+    A step is proportional to the root mean square of its weight matrix (arXiv 1804.04235, section 8), so embeddings,
+    whose initial scale is 1, change at the same relative rate as small matrices. `--optim adafactor` of Trainer does
+    not scale steps.
     """
     rates = {"lr": training.learning_rate, "weight_decay": training.weight_decay}
     return Adafactor(weights, scale_parameter=True, relative_step=False, warmup_init=False, **rates)
 
 
 def config_of(shape: ShapeArguments, tokenizer: PreTrainedTokenizerFast) -> T5Config:
-    """T5 1.1's configuration, with tied embeddings as a small vocabulary wants them."""
+    """T5 1.1's configuration, with tied embeddings because the vocabulary is small."""
     return T5Config(
         vocab_size=len(tokenizer),
         d_model=shape.d_model,
@@ -260,7 +267,7 @@ def config_of(shape: ShapeArguments, tokenizer: PreTrainedTokenizerFast) -> T5Co
 def card(
     trainer: TextTrainer, metrics: dict[str, float], data: DataArguments, run: RunArguments, command: str
 ) -> ModelCard:
-    """What it is, what it scores, how it was trained."""
+    """The model card: architecture, scores, and training."""
     config, args = trainer.model.config, trainer.args
     name = Path(args.output_dir).name
     front = ModelCardData(library_name="transformers", pipeline_tag="text2text-generation")

@@ -1,7 +1,7 @@
-"""Answers for what an evaluation says of a recipe in a few figures, and for the table of all recipes.
+"""Summary figures of a recipe's evaluation, and the table of all recipes.
 
-Intervals are bootstrapped over inputs (95 %, percentile): all settings of a recipe on the same draw of inputs, so that
-an interpolated quality is drawn as a whole. Times are medians and stay as they are. Knows nothing of training.
+Intervals are bootstrapped over inputs (95 %, percentile). All settings of a recipe share each draw of inputs, so that
+an interpolated quality is resampled as a whole. Times are medians and are not resampled. Independent of training.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 from scipy.stats import bootstrap
 
-from hf_earlyexit.candidates import FULL_DEPTH
-from hf_earlyexit.intervals import RESAMPLES, SEED
-from hf_earlyexit.model_card import markdown_table
+from hf_earlyexit.decoding.candidates import FULL_DEPTH
+from hf_earlyexit.evaluation.intervals import RESAMPLES, SEED
+from hf_earlyexit.training.model_card import markdown_table
 
 
 Interval = dict[str, float]
@@ -26,8 +26,8 @@ def summarize(results: Mapping[str, Any], curve: str) -> dict[str, Any]:
     """Quality at full depth and at half of the layers, area under quality over time, and the points of the curve.
 
     Args:
-        results: Of `evaluate_model`, batch size 1.
-        curve: Whose points, with full depth as the last one.
+        results: Output of `evaluate_model` at batch size 1.
+        curve: The curve whose points, together with full depth, are summarised.
     """
     names = [one["name"] for one in results["quality"].values() if one["curve"] in (curve, FULL_DEPTH)]
     per_input = [results["quality"][name]["per_input"] for name in names]
@@ -50,7 +50,7 @@ def summarize(results: Mapping[str, Any], curve: str) -> dict[str, Any]:
     return {
         "curve": curve,
         "full_depth": interval(lambda draw: quality[names.index(FULL_DEPTH), draw].mean(), count),
-        "at_half": interval(at_half, count) if reaches else None,  # who always runs more has none
+        "at_half": interval(at_half, count) if reaches else None,  # a curve that always runs more layers has none
         "area": interval(area, count),
         "points": [
             {
@@ -66,25 +66,25 @@ def summarize(results: Mapping[str, Any], curve: str) -> dict[str, Any]:
 
 
 def time_of(results: Mapping[str, Any], name: str) -> float:
-    """The time of a setting over stock's by the results' clock."""
+    """Time of a setting relative to stock, by the results' clock."""
     cell = next(one for one in results["cells"] if one["name"] == name)
     return cell["time"]["ratio"][results["asked"]["clock"]]["median"]
 
 
 def quality_at(layers: float, own_layers: np.ndarray, quality: np.ndarray) -> float:
-    """The quality at that many layers per token, linear between the two points around; of the nearest one outside."""
+    """Quality at `layers` per token, interpolated linearly between points; outside of them, the nearest point's."""
     order = np.argsort(own_layers)
     return float(np.interp(layers, own_layers[order], quality[order]))
 
 
 def area_under(times: np.ndarray, quality: np.ndarray) -> float:
-    """The mean, over times from `LEAST_TIME` to 1, of the best quality within that time; 0 where there is none."""
+    """Mean, over times from `LEAST_TIME` to 1, of the best quality within that time; 0 where no point is within it."""
     within = times[:, None] <= np.linspace(LEAST_TIME, 1, TIMES)
     return float(np.where(within, quality[:, None], 0.0).max(axis=0).mean())
 
 
 def interval(statistic: Callable[[np.ndarray], float], count: int) -> Interval:
-    """A statistic of all inputs, and the limits of its bootstrap interval; it is handed the places that are drawn."""
+    """A statistic over all `count` inputs, and its bootstrap interval. `statistic` takes the drawn input indices."""
     places = np.arange(count)
     mean = float(statistic(places))
     options = {"n_resamples": RESAMPLES, "method": "percentile", "vectorized": False, "random_state": SEED}
@@ -97,9 +97,9 @@ def table(results: Mapping[str, Mapping[str, Any]], before: Mapping[str, Any], b
     """All recipes as a Markdown table, in their order, with 95 % intervals in brackets.
 
     Args:
-        results: By name; of a checkpoint that was only judged, `cost` is None.
-        before: Of the checkpoint that all recipes started from.
-        budget: In words.
+        results: Results by name; `cost` is None for a checkpoint that was only evaluated.
+        before: Result of the checkpoint that all recipes started from.
+        budget: The budget in words.
     """
     rows = [_row(name, one, before) for name, one in results.items()]
     return f"Budget: {budget}. ROUGE-L x 100; 95 % intervals over inputs.\n\n{markdown_table(COLUMNS, rows)}"
@@ -120,7 +120,7 @@ def _row(name: str, one: Mapping[str, Any], before: Mapping[str, Any]) -> list[s
 
 
 def _difference(one: Mapping[str, Any], before: Mapping[str, Any]) -> str:
-    """Of full depth to that of the plain checkpoint, input by input."""
+    """Difference of full-depth quality to the plain checkpoint's, paired by input."""
     pairs = zip(one["rougeL_of_full_depth"], before["rougeL_of_full_depth"], strict=True)
     differences = np.array([own - other for own, other in pairs])
     if not differences.any():

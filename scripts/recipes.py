@@ -1,10 +1,17 @@
-"""Answers for the recipes that `compare_recipes.py` compares: an objective, the heads it wants, where it is asked."""
+"""The recipes that `compare_recipes.py` compares: objective, kind of exit heads, evaluated exit points."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from hf_earlyexit.objectives import LayerSkip, MultiExit, Objective, SelfDistillation, ShallowDeep, SortedDepths
+from hf_earlyexit.training.objectives import (
+    LayerSkip,
+    MultiExit,
+    Objective,
+    SelfDistillation,
+    ShallowDeep,
+    SortedDepths,
+)
 
 
 @dataclass(frozen=True)
@@ -12,13 +19,14 @@ class Recipe:
     """One way to make exits of a plain checkpoint.
 
     Attributes:
-        objective: None: nothing is trained.
-        source: Where it was published.
+        objective: The training objective; None: nothing is trained.
+        source: The publication.
         heads: Kind of the exit heads.
-        learning_rate: Times the run's; heads alone bear more than a whole model.
-        lora_rank: Train low-rank adapters in place of the blocks' weights, and fold them in at the end; None: do not.
+        learning_rate: Factor on the run's learning rate; heads alone tolerate a higher rate than a whole model.
+        lora_rank: Train low-rank adapters of this rank in place of the blocks' weights, and merge them at the end;
+            None: train the weights.
         shortcuts: Fit the heads by least squares first.
-        asks_at: The one exit point to ask at, where the others learn nothing; None: all.
+        asks_at: The only exit point to evaluate, if the objective does not train the others; None: all.
     """
 
     objective: Objective | None

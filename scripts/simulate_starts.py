@@ -1,17 +1,19 @@
-"""How often tests from one start and from several accept a setting that is too bad, and what they find.
+"""Simulate fixed-sequence tests with one and with several starts: false acceptances, and what the tests find.
 
     python scripts/simulate_starts.py --draws 1000
 
-Losses are drawn with known risks, as many times as asked; each time the settings are tested in their order at one
-family-wise error rate (`hf_earlyexit.fixed_sequence`, betting). Printed for each order of risks and number of starts:
+Losses with known risks are drawn `--draws` times. In each draw the settings are tested in their order at one
+family-wise error rate (`hf_earlyexit.calibration.fixed_sequence`, betting). Printed for each order of risks and number
+of starts:
 
-- failures: the share of draws in which any accepted setting has a risk above the target. At most delta is promised.
-- something: the share of draws in which a setting is accepted, of those that are cheaper than full depth.
+- failures: the share of draws in which any accepted setting has a risk above the target. The guarantee is at most
+  delta.
+- something: the share of draws in which at least one setting is accepted; all settings are cheaper than full depth.
 - cost: the mean cost of the cheapest accepted setting, where full depth costs 1 and each step in the order saves 0.1.
 
-`--losses` adds recorded losses as a population, from which inputs are drawn with replacement: a CSV with a row for
-each input and a column `LOSS SETTING` for each setting. These are tested in the order of their means on `--select`
-other inputs.
+`--losses` adds recorded losses as a population, from which inputs are drawn with replacement: a CSV with a row per
+input and a column `LOSS SETTING` per setting. These settings are tested in the order of their mean losses on
+`--select` other inputs.
 """
 
 from __future__ import annotations
@@ -24,11 +26,11 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from hf_earlyexit.bounds import p_values_of
-from hf_earlyexit.cli_arguments import positive
-from hf_earlyexit.failures import reading, refusals
-from hf_earlyexit.fixed_sequence import rejected
-from hf_earlyexit.tables import read_file
+from hf_earlyexit.calibration.bounds import p_values_of
+from hf_earlyexit.calibration.fixed_sequence import rejected
+from hf_earlyexit.cli.arguments import positive
+from hf_earlyexit.common.failures import reading, refusals
+from hf_earlyexit.common.tables import read_file
 
 
 TARGET, DELTA = 0.1, 0.1
@@ -47,10 +49,10 @@ ORDERS = {
 
 @dataclass(frozen=True)
 class Found:
-    """What tests from so many starts came to.
+    """Result for one number of starts.
 
     Attributes:
-        failures, something, cost: See above.
+        failures, something, cost: See the module docstring.
     """
 
     failures: float
@@ -59,17 +61,22 @@ class Found:
 
 
 def losses_like(risks: tuple[float, ...], inputs: int, generator: np.random.Generator) -> NDArray:
-    """`[inputs, settings]` of 0 and 1. Half of the inputs are as hard for one setting as for another, as in texts."""
+    """`[inputs, settings]`, losses of 0 and 1 with the given risks.
+
+    For half of the inputs the settings share one random difficulty, to correlate settings as on texts.
+    """
     shared = generator.random((inputs, 1))
     own = generator.random((inputs, len(risks)))
     return (np.where(generator.random((inputs, 1)) < 0.5, shared, own) < np.array(risks)).astype(float)
 
 
 def simulate(draw: Callable[[], tuple[NDArray, NDArray, float]], draws: int, starts: int) -> Found:
-    """The mean over draws.
+    """Mean result over draws.
 
     Args:
-        draw: Gives losses, in the order of the tests, the risk of each column, and the target.
+        draw: Returns losses `[inputs, settings]` in the order of the tests, the risk of each column, and the target.
+        draws: Number of draws.
+        starts: Number of starts.
     """
     failures = something = cost = 0.0
     for _ in range(draws):
@@ -83,13 +90,16 @@ def simulate(draw: Callable[[], tuple[NDArray, NDArray, float]], draws: int, sta
 
 
 def simulated(order: str, draws: int, inputs: int, starts: int) -> Found:
-    """Of an order of known risks. The same draws for every number of starts."""
+    """Result for an order of known risks. Draws are the same for every number of starts."""
     generator, risks = np.random.default_rng(0), ORDERS[order]
     return simulate(lambda: (losses_like(risks, inputs, generator), np.array(risks), TARGET), draws, starts)
 
 
 def recorded(path: Path) -> dict[str, NDArray]:
-    """`[inputs, settings]` of each loss in a file, the first word of a column; signed ones rescaled to [0, 1]."""
+    """Losses `[inputs, settings]` by name, from a file.
+
+    A loss's name is the first word of its columns. Losses with negative values are rescaled from [-1, 1] to [0, 1].
+    """
     rows = read_file(path)
     names = dict.fromkeys(column.split(" ")[0] for column in rows.column_names if " " in column)
     if not names:
@@ -104,7 +114,7 @@ def recorded(path: Path) -> dict[str, NDArray]:
 
 
 def of_population(table: NDArray, draws: int, inputs: int, select: int, starts: int) -> Found:
-    """Of recorded losses. The target is one that the median setting misses by a hair."""
+    """Result for recorded losses. The target is 1e-4 below the median setting's risk."""
     generator, risks = np.random.default_rng(0), table.mean(axis=0)
     target = float(np.sort(risks)[len(risks) // 2] - 1e-4)
 
@@ -117,9 +127,10 @@ def of_population(table: NDArray, draws: int, inputs: int, select: int, starts: 
 
 
 def lines(arguments: argparse.Namespace, populations: Mapping[str, NDArray]) -> Iterator[str]:
-    """Of the table, in Markdown.
+    """Lines of the Markdown table.
 
     Args:
+        arguments: The parsed arguments.
         populations: Recorded losses by name.
     """
     yield "| order of the risks | starts | failures | something | cost |"
@@ -134,7 +145,7 @@ def lines(arguments: argparse.Namespace, populations: Mapping[str, NDArray]) -> 
 
 
 def line(order: str, starts: int, found: Found) -> str:
-    """Of one order and number of starts."""
+    """Table line of one order and number of starts."""
     return f"| {order} | {starts} | {found.failures:.3f} | {found.something:.3f} | {found.cost:.3f} |"
 
 

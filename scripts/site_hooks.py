@@ -1,7 +1,7 @@
-"""What `mkdocs.yml` cannot say: formulas as MathML, and links to files of the repository that are outside `docs/`.
+"""MkDocs hooks: formulas as MathML, and links to files of the repository that are outside `docs/`.
 
-Sources stay as GitHub shows them: a formula is a fence named `math`, and a link goes to where the file is. Pages
-outside `docs/` become pages of the site (`PAGES`); any other file that a page links to is copied beside them.
+Sources keep the form that GitHub renders: a formula is a fence named `math`, and a link points to the file in the
+repository. Pages outside `docs/` become pages of the site (`PAGES`); any other linked file is copied to the site.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ FRONT_MATTER = re.compile(r"\A---\n.*?\n---\n", re.DOTALL)
 
 
 def on_config(config):
-    """Have fences named `math` shown as formulas."""
+    """Register the format of fences named `math`."""
     fence = {"name": "math", "class": "math", "format": formula}
     config.mdx_configs.setdefault("pymdownx.superfences", {})["custom_fences"] = [fence]
     config.watch.extend(str(root(config) / source) for source in PAGES)
@@ -33,11 +33,11 @@ def on_config(config):
 
 
 def formula(source: str, *_, **__) -> str:
-    """LaTeX as MathML, which browsers draw without a script.
+    """Convert LaTeX to MathML, which browsers render without a script.
 
     Raises:
-        SuperFencesException: It has a command that is not known, which the converter would write out. Others would be
-            swallowed, and the source shown.
+        SuperFencesException: The formula has an unknown command, which the converter would print as text. An exception
+            of another type would be swallowed, and the source shown.
     """
     drawn = convert(source, display="block")
     if "\\" in drawn:
@@ -57,7 +57,7 @@ def on_files(files: Files, config) -> Files:
 
 
 def on_page_markdown(markdown: str, page, config, files: Files) -> str:
-    """Turn links out of `docs/` to where these files are on the site."""
+    """Rewrite links that cross the border of `docs/` to the files' places on the site."""
     here = repository_path(page.file, config)
 
     def turned(match: re.Match) -> str:
@@ -79,15 +79,15 @@ def outside(file: File, config) -> set[str]:
 
 
 def repository_path(file: File, config) -> str:
-    """Where a page comes from, as a path in the repository."""
+    """Source of a page, as a path in the repository."""
     return Path(file.abs_src_path).relative_to(root(config)).as_posix()
 
 
 def copy_of(target: str) -> str:
-    """Where a file of the repository lies on the site."""
+    """Path of a repository file's copy on the site."""
     return f"files/{target}"
 
 
 def root(config) -> Path:
-    """The repository."""
+    """Root folder of the repository."""
     return Path(config.config_file_path).parent

@@ -1,4 +1,4 @@
-"""Answers for the texts that the training scripts read: arguments, pairs, token ids, ROUGE of what is said."""
+"""Texts of the training scripts: arguments, input-target pairs, token ids, ROUGE of generated texts."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from datasets import Dataset, load_dataset
 from tqdm import tqdm
 from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_earlyexit.data import Example, column_pairs, group_by_input, read_examples, read_file, text_columns
-from hf_earlyexit.failures import reading
-from hf_earlyexit.labelled import IGNORED
-from hf_earlyexit.metrics import Rouge
-from hf_earlyexit.partition import OPEN, PARTS, SALT, SHARES, Partition, check_parts
-from hf_earlyexit.shortcuts import with_full_depth_labels
-from hf_earlyexit.tables import READERS, Table, suffix_of
+from hf_earlyexit.common.data import Example, column_pairs, group_by_input, read_examples, read_file, text_columns
+from hf_earlyexit.common.failures import reading
+from hf_earlyexit.common.partition import OPEN, PARTS, SALT, SHARES, Partition, check_parts
+from hf_earlyexit.common.tables import READERS, Table, suffix_of
+from hf_earlyexit.evaluation.metrics import Rouge
+from hf_earlyexit.generation.teacher_forced import IGNORED
+from hf_earlyexit.training.shortcuts import with_full_depth_labels
 
 
 SPLITS = ("train", "validation")
@@ -60,16 +60,16 @@ class DataArguments:
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Shows defaults, and the description as it is written."""
+    """Shows defaults, and keeps the description's line breaks."""
 
 
 def on_hub(name: str | None) -> str | None:
-    """The name, unless it is a folder here: what a model card may link to."""
+    """The name if it is a Hub id, which a model card can link to; None if it is a local path."""
     return None if name is None or Path(name).exists() else name
 
 
 def check_data(arguments: DataArguments) -> None:
-    """Refuse what names no texts."""
+    """Refuse missing or contradicting sources of texts."""
     if (arguments.dataset is None) == (arguments.train_file is None):
         raise ValueError("Give either --dataset or --train_file.")
     if arguments.train_file is not None and arguments.validation_file is None:
@@ -80,12 +80,12 @@ def check_data(arguments: DataArguments) -> None:
 
 @dataclass(frozen=True)
 class Texts:
-    """What a training reads.
+    """The texts of a training run.
 
     Attributes:
         train: Inputs and targets.
         validation: Distinct inputs, in random order.
-        left_out: Rows that were not trained on, since their inputs are validation inputs of parts that are not read.
+        left_out: Number of training rows left out because their inputs are validation inputs of unread parts.
     """
 
     train: list[tuple[str, str]]
@@ -99,10 +99,10 @@ class Texts:
 
 
 def read_texts(arguments: DataArguments) -> Texts:
-    """The training pairs and the validation inputs, with the prefix, without what is kept for tests.
+    """Training pairs and validation inputs, with the prefix, without inputs that are reserved for tests.
 
     Raises:
-        ValueError: A column, a part or a share is not legal, or nothing is left.
+        ValueError: A column, a part or a share is invalid, or no training row is left.
     """
     check_parts(arguments.validation_parts)
     partition = partition_of(arguments)
@@ -124,7 +124,7 @@ def read_texts(arguments: DataArguments) -> Texts:
 
 
 def partition_of(arguments: DataArguments) -> Partition:
-    """The partition that was asked for."""
+    """The partition given by the arguments."""
     if len(arguments.shares) != len(PARTS):
         raise ValueError(f"--shares must be {len(PARTS)} numbers, for {list(PARTS)}, got {arguments.shares}.")
     return Partition(arguments.salt, dict(zip(PARTS, arguments.shares, strict=True)))
@@ -151,9 +151,9 @@ def examples_of(dataset: Table | Dataset, arguments: DataArguments) -> list[Exam
 
 
 def split_files(folder: Path) -> list[Path] | None:
-    """The one file of each split in a folder; None where the library `datasets` has to find its way.
+    """The files of a folder with exactly one table per split; None for any other, which `datasets` loads.
 
-    It would guess what kind of values are in the columns of a CSV.
+    Such files are read without `datasets`, which would guess the types of a CSV's columns.
     """
     tables = [path for path in folder.iterdir() if suffix_of(str(path)) in READERS] if folder.is_dir() else []
     found = [[path for path in tables if path.name.partition(".")[0] == split] for split in SPLITS]
@@ -168,7 +168,7 @@ def pairs_of(dataset: Table | Dataset, arguments: DataArguments) -> list[tuple[s
 
 def tokenize(tokenizer: PreTrainedTokenizerBase, pairs: list[tuple[str, str]], arguments: DataArguments) -> Dataset:
     """Rows with `input_ids`, `attention_mask` and `labels`."""
-    tokenizer = copy.deepcopy(tokenizer)  # it remembers how it cut, and the one that is saved should not
+    tokenizer = copy.deepcopy(tokenizer)  # a tokenizer stores its truncation, which should not be saved
 
     def encode(rows: dict[str, list[str]]) -> dict[str, list[list[int]]]:
         encoded = tokenizer(rows["source"], truncation=True, max_length=arguments.max_source_tokens)
@@ -188,9 +188,10 @@ def own_outputs(
     arguments: DataArguments,
     batch_size: int,
 ) -> Dataset:
-    """Rows of these sources with what the model writes of them at full depth, greedily, as labels: no targets needed.
+    """Rows of these sources whose labels are the model's own greedy output at full depth; no targets are needed.
 
-    The very tokens that it writes; a text that was cut has no end token. With several processes each writes them all.
+    Labels are exactly the generated tokens. A text that reached the length limit has no end token. With several
+    processes, each generates all texts.
     """
     cut = {"truncation": True, "max_length": arguments.max_source_tokens}
     rows = [{**tokenizer(source, **cut)} for source in sources]
@@ -205,9 +206,10 @@ def own_outputs(
 
 
 class RougeOfDistinctInputs:
-    """As `compute_metrics`: ROUGE of generated texts, each against all references of its input.
+    """A `compute_metrics`: ROUGE of generated texts, each against all references of its input.
 
     Args:
+        tokenizer: Decodes the predictions.
         examples: The distinct inputs, in the order of the evaluation set.
     """
 

@@ -1,7 +1,7 @@
-"""Train the exits of a T5 with `EarlyExitTrainer`, and say what it cost full depth.
+"""Train the exits of a T5 with `EarlyExitTrainer`, and report the effect on full-depth quality.
 
-Two stages make a full early-exit checkpoint, each one run of this script. First the whole model learns to speak at
-every exit point, then exit classifiers learn on the frozen result:
+A complete early-exit checkpoint takes two stages, each one run of this script. The first trains the whole model to
+predict at every exit point; the second trains exit classifiers on the frozen result:
 
     python scripts/train_exits.py --model google-t5/t5-small --dataset cnn_dailymail --prefix "summarize: " \\
         --output_dir exits --objective multi_exit --exit_layers 2 4 --num_train_epochs 1
@@ -11,8 +11,8 @@ every exit point, then exit classifiers learn on the frozen result:
 Several processes: `accelerate launch --multi_gpu --num_processes 2 scripts/train_exits.py ...`; on a CPU the same with
 ACCELERATE_USE_CPU=true before it, or `torchrun --nproc-per-node 2 scripts/train_exits.py ... --use_cpu`.
 
-A run that was cut off goes on with `--resume`. All arguments of `Seq2SeqTrainingArguments` are arguments here.
-The last line of stdout is JSON.
+`--resume` continues an interrupted run. All arguments of `Seq2SeqTrainingArguments` are accepted. The last line of
+stdout is JSON.
 """
 
 from __future__ import annotations
@@ -39,19 +39,20 @@ from transformers import DataCollatorForSeq2Seq, HfArgumentParser, Seq2SeqTraini
 from transformers.trainer_utils import get_last_checkpoint
 
 from hf_earlyexit import ClassifierConfig, EarlyExitConfig, EarlyExitT5ForConditionalGeneration
-from hf_earlyexit.config import CLASSIFIER_KINDS, HEAD_KINDS, early_exit_config
-from hf_earlyexit.extras import require
-from hf_earlyexit.failures import reading, refusals
-from hf_earlyexit.lora import add_lora, merge_lora
-from hf_earlyexit.objectives import OBJECTIVES, Objective
-from hf_earlyexit.objectives.layer_skip import CURRICULA, DROPOUT_SCHEDULES
-from hf_earlyexit.objectives.multi_exit import WEIGHTS
-from hf_earlyexit.objectives.self_distillation import TOWARDS
-from hf_earlyexit.objectives.shallow_deep import ALIGNMENTS
-from hf_earlyexit.output_files import refuse_folder_of_model
-from hf_earlyexit.seen_inputs import TRAINING
-from hf_earlyexit.tokenizer import load_tokenizer
-from hf_earlyexit.training import EarlyExitTrainer
+from hf_earlyexit.common.extras import require
+from hf_earlyexit.common.failures import reading, refusals
+from hf_earlyexit.common.output_files import refuse_folder_of_model
+from hf_earlyexit.common.seen_inputs import TRAINING
+from hf_earlyexit.common.tokenizer import load_tokenizer
+from hf_earlyexit.exits.config import CLASSIFIER_KINDS, HEAD_KINDS
+from hf_earlyexit.families.t5.configuration import early_exit_config
+from hf_earlyexit.training.lora import add_lora, merge_lora
+from hf_earlyexit.training.objectives import OBJECTIVES, Objective
+from hf_earlyexit.training.objectives.layer_skip import CURRICULA, DROPOUT_SCHEDULES
+from hf_earlyexit.training.objectives.multi_exit import WEIGHTS
+from hf_earlyexit.training.objectives.self_distillation import TOWARDS
+from hf_earlyexit.training.objectives.shallow_deep import ALIGNMENTS
+from hf_earlyexit.training.trainer import EarlyExitTrainer
 
 
 CLASSIFIER_SHAPE = ("classifier", "classifier_width", "classifier_per_layer")
@@ -59,7 +60,7 @@ CLASSIFIER_SHAPE = ("classifier", "classifier_width", "classifier_per_layer")
 
 @dataclass
 class ModelArguments:
-    """The model and its exits; what is not given is the checkpoint's own."""
+    """The model and its exits; defaults are the checkpoint's."""
 
     model: str = field(metadata={"help": "a T5 or early-exit checkpoint: a folder or a Hub id"})
     exit_layers: list[int] | None = field(
@@ -70,7 +71,7 @@ class ModelArguments:
 
 @dataclass
 class ObjectiveArguments:
-    """What to train towards. Options are those of the objective's class; what is not given is its default."""
+    """The training objective. Options are those of the objective's class, with its defaults."""
 
     objective: str = field(default="multi_exit", metadata={"help": f"one of {', '.join(OBJECTIVES)}"})
     weights: str | None = field(default=None, metadata={"help": f"multi_exit: {' or '.join(WEIGHTS)}"})
@@ -167,7 +168,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def make_objective(arguments: ObjectiveArguments) -> Objective:
-    """The objective that was asked for; an option of another one is refused."""
+    """The requested objective. An option of another objective raises `ValueError`."""
     if arguments.objective not in OBJECTIVES:
         raise ValueError(f"--objective must be one of {list(OBJECTIVES)}, got {arguments.objective!r}.")
     kind = OBJECTIVES[arguments.objective]
@@ -185,7 +186,7 @@ def make_objective(arguments: ObjectiveArguments) -> Objective:
 
 
 def check_lora(rank: int | None, objective: Objective) -> None:
-    """Refuse adapters that cannot be, or that nothing would move."""
+    """Refuse an invalid rank, and adapters that the objective would not train."""
     if rank is None:
         return
     require("peft", "lora")
@@ -196,7 +197,7 @@ def check_lora(rank: int | None, objective: Objective) -> None:
 
 
 def exit_config(arguments: ModelArguments, objective: ObjectiveArguments) -> EarlyExitConfig:
-    """The exits that were asked for; what was not asked for is the checkpoint's own."""
+    """The requested exits, completed from the checkpoint's config."""
     checkpoint, _ = early_exit_config(arguments.model, None, {})
     own = EarlyExitConfig.from_dict(checkpoint.early_exit).for_layers(checkpoint.num_decoder_layers)
     values = own.to_dict()
@@ -212,20 +213,20 @@ def exit_config(arguments: ModelArguments, objective: ObjectiveArguments) -> Ear
 
 
 def train(trainer: EarlyExitTrainer, resume: bool) -> dict[str, float]:
-    """Train, and generate at each exit; returns what was measured."""
+    """Train, evaluate with every token exiting at each exit point in turn, and return the metrics."""
     folder = trainer.args.output_dir
     checkpoint = get_last_checkpoint(folder) if resume and Path(folder).is_dir() else None
     metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
     for layer in trainer.model.early_exit.exit_layers:
         prefix, always = f"always_{layer}", {"exit_criterion": "fixed", "exit_layer": layer}
         found = trainer.evaluate(metric_key_prefix=prefix, exits=False, **always)
-        found.pop(f"{prefix}_loss")  # which is the last layer's
+        found.pop(f"{prefix}_loss")  # equals the last layer's loss
         metrics |= found
     return metrics
 
 
 def save(trainer: EarlyExitTrainer, **card: str | None) -> None:
-    """Save the model and its card, and upload them if that was asked for."""
+    """Save the model and its card, and upload them if `push_to_hub` is set."""
     trainer.save_state()
     if trainer.args.push_to_hub:
         trainer.push_to_hub(**card)

@@ -1,18 +1,18 @@
-"""A certificate for a model, as a calibration would make it, without one."""
+"""A certificate for a model, as from a calibration but without running one."""
 
 from __future__ import annotations
 
-from hf_earlyexit.certificate import Certificate, versions
-from hf_earlyexit.certified import uncertified
-from hf_earlyexit.fingerprint import weights_fingerprint
-from hf_earlyexit.partition import Partition
-from hf_earlyexit.settings import ExitSettings
+from hf_earlyexit.common.partition import Partition
+from hf_earlyexit.decoding.settings import ExitSettings
+from hf_earlyexit.generation.certificate import Certificate, versions
+from hf_earlyexit.generation.certified import uncertified
+from hf_earlyexit.generation.fingerprint import weights_fingerprint
 
 
 def certificate_for(
     model, setting: dict, *, certified: bool = True, rows: int | None = None, **decoding
 ) -> Certificate:
-    """Of this setting and this decoding; not certified: of full depth."""
+    """A certificate of this setting and decoding; with `certified=False`, of full depth."""
     bare = uncertified(model)
     conditions = bare.conditions_of(ExitSettings.merge(setting, None, None), {"kwargs": decoding, **decoding})
     return Certificate(

@@ -1,6 +1,6 @@
-"""What all tests share: threads, optional kernels, the device of tests marked gpu, and which tests are the laws.
+"""Shared test setup: threads, optional kernels, the device of tests marked gpu, and the list of law tests.
 
-Torch is not imported before tests are collected: with `-n`, the process that hands out tests does without.
+Torch is not imported before tests are collected: with `-n`, the process that distributes tests does not need it.
 """
 
 from __future__ import annotations
@@ -13,13 +13,14 @@ from pathlib import Path
 import pytest
 
 
-# Tiny matrices gain nothing from threads, and test processes that each run several slow each other down. Whoever sets
-# the variable wants that number. It is read when torch is first imported, in every process that a test starts, too.
+# Tiny matrices gain nothing from threads, and test processes with several threads each slow each other down. A value
+# that is already set has precedence. The variable is read when torch is first imported, also in processes that tests
+# start.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-# `pytest -m law` runs the laws, their mutations not included: what must hold under any arithmetic. `.ci/run` runs
-# them under several. The rest of the suite is about files, commands, reports and numbers that are computed by hand.
-# Compiled and recorded decoding and that on a device are left out: the suite holds them against what is tested here.
+# `pytest -m law` runs the laws without their mutations: the properties that must hold under any arithmetic. `.ci/run`
+# runs them under several. The rest of the suite covers files, commands, reports and numbers that are computed by hand.
+# Compiled, recorded and on-device decoding are not included: the suite compares them with what is tested here.
 LAWS = (
     "test_accuracy_thresholds",
     "test_beta_mixture",
@@ -36,10 +37,10 @@ LAWS = (
     "test_stock",
 )
 
-# `pytest -m once` runs what says as much under one release of transformers and on one machine as on all: mutations,
-# which show that the laws notice; what is computed of texts, losses and times, however they came about; the pages of
-# the documentation. `.ci/run` runs it once. Notebooks, benchmarks and tests of several processes are marked so where
-# they stand.
+# `pytest -m once` runs tests that need only one release of transformers and one machine: mutations, which show that
+# the laws detect errors; computations on texts, losses and times, whatever their origin; the pages of the
+# documentation. `.ci/run` runs them once. Notebooks, benchmarks and tests of several processes are marked in their own
+# files.
 ONCE = (
     "test_calibration",
     "test_docs",
@@ -72,8 +73,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    """With `-m gpu`, `-m law` or `-m once`, files without such tests are not imported: that takes as long as many
-    tests, and the extras of others need not be installed."""
+    """With `-m gpu`, `-m law` or `-m once`, skip files without such tests.
+
+    Importing them takes as long as many tests, and may need extras that are not installed.
+    """
     marker = (config.getoption("markexpr").split() or [""])[0]
     if marker not in ("gpu", "law", "once") or not re.fullmatch(r"test_\w+\.py", collection_path.name):
         return None
@@ -83,25 +86,25 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Set torch up as the environment says, and mark the laws."""
+    """Configure torch from the environment, and mark the tests in `LAWS` and `ONCE`."""
     import torch
 
-    from hf_earlyexit.kernel_switch import optional_kernels
+    from hf_earlyexit.kernels.kernel_switch import optional_kernels
 
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-    if not optional_kernels():  # then without those of torch, too
+    if not optional_kernels():  # then disable torch's optional kernels, too
         torch.backends.mkldnn.enabled = False
     for item in items:
         if Path(item.path).stem in LAWS:
             item.add_marker(pytest.mark.law)
         if Path(item.path).stem in ONCE:
             item.add_marker(pytest.mark.once)
-    gc.freeze()  # modules stay: a collection, which every training run asks for, need not walk through them
+    gc.freeze()  # modules stay alive, so the collections of every training run can skip them
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
-    """With `-n`, a file is run by one process: what a fixture of a module makes is made once."""
+    """With `-n`, run each file in one process, so that module fixtures are made once."""
     from xdist.scheduler import LoadFileScheduling
 
     return LoadFileScheduling(config, log)
@@ -109,7 +112,7 @@ def pytest_xdist_make_scheduler(config, log):
 
 @pytest.fixture(scope="session")
 def device(pytestconfig: pytest.Config):
-    """Of the tests marked gpu."""
+    """The device of tests marked gpu."""
     import torch
 
     chosen = pytestconfig.getoption("--device")

@@ -1,15 +1,15 @@
-"""Inputs by their part, for tests that need so many of each."""
+"""Inputs by part of the partition, for tests that need a given number of each."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from hf_earlyexit.data import Example
-from hf_earlyexit.partition import Partition
+from hf_earlyexit.common.data import Example
+from hf_earlyexit.common.partition import Partition
 
 
 def drawn(examples: Sequence[Example], partition: Partition | None = None, **counts: int) -> list[Example]:
-    """The first so many inputs of each part that is named, in the order of `examples`."""
+    """The first `counts[part]` inputs of each named part, each part in the order of `examples`."""
     parts, partition = {name: [] for name in counts}, partition or Partition()
     for example in examples:
         part = partition.part_of(example.unit)

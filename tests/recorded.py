@@ -1,4 +1,4 @@
-"""A recorder of graphs that runs on a CPU: it repeats the very operations that were recorded, on the very tensors."""
+"""A graph recorder for CPUs, which repeats the recorded operations on the same tensors."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_flatten
 
 @dataclass
 class Operation:
-    """One recorded operation: replayed on the same arguments, its results written where they were."""
+    """One recorded operation. It is replayed on the same arguments and writes its results to the same tensors."""
 
     function: Any
     args: tuple
@@ -23,13 +23,13 @@ class Operation:
 
 
 class Recording(TorchDispatchMode):
-    """Records operations, and refuses what a graph of a device cannot hold."""
+    """Records operations, and refuses those that a device graph cannot contain."""
 
     def __init__(self):
         super().__init__()
         self.operations: list[Operation] = []
         self.made: set[int] = set()
-        self.storages: set[int] = set()  # of what was there before
+        self.storages: set[int] = set()  # of tensors that existed before the recording
         self.inputs: dict[int, tuple[Any, torch.Size, tuple[int, ...]]] = {}
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
@@ -52,9 +52,9 @@ def tensors_in(values) -> list[torch.Tensor]:
 
 
 class FakeRecorder:
-    """Stands in for `CudaRecorder`. Counts what is recorded and replayed.
+    """Replaces `CudaRecorder`, and counts recordings and replays.
 
-    What a graph has made in memory of its own is gone after every replay.
+    After every replay, tensors in the graph's own memory are overwritten.
     """
 
     def __init__(self, device: torch.device):
@@ -96,14 +96,14 @@ class FakeRecorder:
                     assert tensor.data_ptr() == address, "what a graph reads has moved"
             for operation in operations:
                 run_again(operation)
-            for tensor in temporaries:  # a device gives their memory to other graphs
+            for tensor in temporaries:  # on a device, other graphs reuse their memory
                 tensor.fill_(float("nan") if tensor.is_floating_point() else 0)
 
         return replay
 
 
 def run_again(operation: Operation) -> None:
-    """Repeat an operation; what it returns anew is copied to where it was when it was recorded."""
+    """Repeat an operation, and copy new results into the recorded result tensors."""
     schema = operation.function._schema
     aliases = [result.alias_info for result in schema.returns]
     if all(alias is not None and not alias.is_write for alias in aliases) and aliases:

@@ -1,4 +1,4 @@
-"""A slow generation with exits, to hold the walk against: every layer runs, rows that left are frozen."""
+"""A slow reference for generation with exits: every layer runs, and exited rows keep their hidden state."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers import LogitsProcessorList
 
-from hf_earlyexit.library import CACHE
+from hf_earlyexit.common.library import CACHE
 from tests.tiny import stock_cache
 
 
@@ -26,11 +26,12 @@ def frozen_row_generate(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Greedy tokens `[batch, prompt + steps]` and the logits `[batch, steps, vocabulary]` they come from.
 
-    A row that has left keeps its hidden state through the deeper layers, which make their keys and values of it: what
-    projecting the exit state means. Stock blocks, stock cache, nothing of the package. `norm_of` gives the norm in
-    front of the LM head for rows that left after a layer, where that is not the final one. Into `states` go, for each
-    step, the outputs `[layers, batch, hidden]` of all layers. `prompt_ids [batch, prompt]` are what the decoder starts
-    with in place of the start token: their positions but the last run all layers, one at a time.
+    An exited row keeps its hidden state through the deeper layers, which project their keys and values from it. This
+    is the definition of projecting the exit state. Uses stock blocks and a stock cache, and nothing of the package.
+
+    `norm_of` returns the norm before the LM head for rows that exited after a layer; default: the final norm. For each
+    step, the outputs `[layers, batch, hidden]` of all layers are appended to `states`. `prompt_ids [batch, prompt]`
+    replace the start token; all of their positions except the last run all layers, one at a time.
     """
     norm_of = norm_of or (lambda layer: stock.decoder.final_layer_norm)
     encoder_states = stock.encoder(**inputs).last_hidden_state

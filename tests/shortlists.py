@@ -1,4 +1,4 @@
-"""Where tokens leave that are judged by candidates, worked out slowly from the scores of every layer."""
+"""A slow reference for exits on candidates, computed from the full scores of every layer."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ SURE = {
 
 
 def length_of_the_last_run(said: list[int]) -> int:
-    """How many of the last ones are equal: 2 of 5, 5, 7, 5, 5."""
+    """The number of equal values at the end: 2 for 5, 5, 7, 5, 5."""
     return len(list(takewhile(lambda choice: choice == said[-1], reversed(said))))
 
 
 @dataclass
 class Exits:
-    """One step: the layer each row leaves at, what was scored by layer, and how many sure rows were not confirmed."""
+    """One step: exit layers by row, scored rows by layer, and how many confident rows were not confirmed."""
 
     layers: dict[int, int] = field(default_factory=dict)
     heads: Counter = field(default_factory=Counter)
@@ -36,11 +36,11 @@ class Exits:
 def exits_by_candidates(
     scores: dict[int, torch.Tensor], rows: list[int], criterion: str, count: int, threshold: float, rule: str = "row"
 ) -> Exits:
-    """What one step does.
+    """The exits of one step.
 
     Args:
-        scores: `[batch, vocabulary]` of each layer that is asked, and of the last one, ascending.
-        rows: Those that live.
+        scores: `[batch, vocabulary]` at each evaluated exit layer and at the last layer, ascending.
+        rows: The live rows.
         criterion, count, threshold, rule: As of `generate`.
     """
     found, (first, *_), last = Exits(), scores, max(scores)
@@ -65,7 +65,7 @@ def exits_by_candidates(
         latched |= set(passed)
         everyone = {"row": None, "batch": latched, "batch_joint": set(passed)}[rule]
         leaving = passed if everyone is None else staying if set(staying) <= everyone else []
-        found.heads[layer] += len(known | set(leaving))  # who leaves with others without being sure needs its logits
+        found.heads[layer] += len(known | set(leaving))  # rows that exit only by the batch rule need logits
         found.layers |= dict.fromkeys(leaving, layer)
         staying = [row for row in staying if row not in leaving]
     found.heads[last] += len(staying)

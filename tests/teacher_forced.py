@@ -1,8 +1,11 @@
-"""Law 3's measure for any dtype: along the tokens that were written, logits are those of a reference in higher
-precision up to rounding, and every token is the best by the logits that it was written by.
+"""The comparison of law 3 for any dtype, teacher-forced along the generated tokens.
 
-How far rounding goes in half precision depends on the model, so the stock model itself is asked, in the same dtype, on
-the same inputs and device: nobody may be more than twice as far from the reference, and two units in the last place.
+Logits must equal those of a reference in higher precision up to rounding, and every token must be the best by the
+logits that it was chosen from.
+
+The size of rounding errors in half precision depends on the model. So the stock model's error is measured in the same
+dtype, on the same inputs and device. The allowed distance from the reference is twice that error plus two units in the
+last place.
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ Inputs = dict[str, torch.Tensor]
 
 
 class Forced(LogitsProcessor):
-    """Leaves no choice but the tokens of `sequences [batch, length]`."""
+    """Forces the tokens of `sequences [batch, length]`."""
 
     def __init__(self, sequences: torch.Tensor):
         self.sequences = sequences
@@ -33,13 +36,13 @@ class Forced(LogitsProcessor):
 
 
 def stock_logits(stock, inputs: Inputs, sequences: torch.Tensor) -> torch.Tensor:
-    """`[batch, new tokens, vocabulary]`, fp32, of a stock model in one forward pass."""
+    """Logits `[batch, new tokens, vocabulary]`, fp32, of a stock model in one forward pass."""
     with torch.no_grad():
         return stock(**inputs, decoder_input_ids=sequences[:, :-1], use_cache=False).logits.float()
 
 
 def walked_logits(model, inputs: Inputs, sequences: torch.Tensor, **settings) -> torch.Tensor:
-    """`[batch, new tokens, vocabulary]`, fp32, of `generate` forced along the sequences."""
+    """Logits `[batch, new tokens, vocabulary]`, fp32, of `generate` forced along the sequences."""
     processor, new_tokens = LogitsProcessorList([Forced(sequences)]), sequences.shape[1] - 1
     output = laws.generate(model, inputs, 0, new_tokens, None, **settings | {"logits_processor": processor})
     assert torch.equal(output.sequences, sequences)
@@ -47,27 +50,30 @@ def walked_logits(model, inputs: Inputs, sequences: torch.Tensor, **settings) ->
 
 
 def live_tokens(sequences: torch.Tensor) -> torch.Tensor:
-    """`[batch, new tokens]`: those up to the first end, it included."""
+    """`[batch, new tokens]`: True up to and including the first end token."""
     ends = torch.isin(sequences[:, 1:], torch.tensor(ENDS, device=sequences.device))
     return ends.cumsum(dim=1) - ends.long() == 0
 
 
 def unit_in_last_place(logits: torch.Tensor, dtype: torch.dtype) -> float:
-    """Of the largest logit in size."""
+    """The unit in the last place of the largest logit by magnitude."""
     _, exponent = torch.frexp(logits.abs().max())
     return torch.finfo(dtype).eps * 2.0 ** (int(exponent) - 1)
 
 
 def distance(logits: torch.Tensor, reference: torch.Tensor, sequences: torch.Tensor) -> float:
-    """Root of the mean square of the differences where a row lives, of the row where it is largest."""
+    """The largest root mean square difference of a row, over the steps in which the row is live."""
     live = live_tokens(sequences)
     squares = (logits - reference).square().mean(dim=-1) * live
     return (squares.sum(dim=1) / live.sum(dim=1)).max().sqrt().item()
 
 
 def allowance(stock, exact_stock, inputs: Inputs, sequences: torch.Tensor) -> float:
-    """How far logits along these sequences may be from the reference's: in fp32 by 1e-4 of the largest, in half
-    precision by twice what the stock model is, and two units in the last place."""
+    """The allowed distance of logits from the reference along these sequences.
+
+    In fp32, 1e-4 of the largest logit; in half precision, twice the stock model's distance plus two units in the last
+    place.
+    """
     exact = stock_logits(exact_stock, inputs, sequences)
     if stock.dtype == torch.float32:
         return laws.TOLERANCE * max(1.0, exact.abs().max().item())
@@ -76,13 +82,15 @@ def allowance(stock, exact_stock, inputs: Inputs, sequences: torch.Tensor) -> fl
 
 
 def assert_logits(output, reference: torch.Tensor, allowed: float) -> None:
-    """The logits of a `generate` without beams are the reference's `[batch, steps, vocabulary]` where rows live."""
+    """Assert that the logits of `generate` without beams match the reference `[batch, steps, vocabulary]` while rows
+    are live."""
     apart = distance(torch.stack(output.logits, dim=1).float(), reference, output.sequences)
     assert apart <= allowed, f"logits are apart by {apart:.2e}, {allowed:.2e} is allowed"
 
 
 def assert_greedy(output, seed: int) -> None:
-    """Every token is the best by the logits of its step and the noise of `laws.generate`; ended rows are padded."""
+    """Assert that every token is the best by its step's logits and the noise of `laws.generate`; finished rows are
+    padded."""
     sequences, live, noise = output.sequences, live_tokens(output.sequences), Unrest(seed)
     for step, logits in enumerate(output.logits):
         best = noise(sequences[:, : step + 1], logits).argmax(dim=-1)
@@ -90,7 +98,7 @@ def assert_greedy(output, seed: int) -> None:
 
 
 def beam_scores(logits: torch.Tensor, sequences: torch.Tensor, seed: int) -> torch.Tensor:
-    """`[batch]`, what beam search makes of the sequences by these logits: mean log-probability, noise included."""
+    """Beam scores `[batch]` of the sequences by these logits: mean log-probability, including noise."""
     noise, live = Unrest(seed), live_tokens(sequences)
     steps = [noise(sequences[:, : at + 1], logits[:, at].log_softmax(dim=-1)) for at in range(logits.shape[1])]
     chosen = torch.stack(steps, dim=1).gather(-1, sequences[:, 1:, None])[..., 0]
@@ -99,7 +107,7 @@ def beam_scores(logits: torch.Tensor, sequences: torch.Tensor, seed: int) -> tor
 
 @dataclass(frozen=True)
 class Watched:
-    """Leaves where a script says, whatever `criterion` says there, which is kept."""
+    """Exits by a script, and records the confidences of `criterion`."""
 
     criterion: object
     script: Callable[[int, int], int]
@@ -113,8 +121,10 @@ class Watched:
 
 
 def assert_exits(output, seen: dict[tuple[int, int, int], float], threshold: float, tolerance: float) -> int:
-    """Every row left at the first exit point whose confidence, by the reference, had reached the threshold; what is
-    within `tolerance` of it may go either way. Returns how many did not."""
+    """Assert that every row exited at the first exit point where its reference confidence reached the threshold.
+
+    Confidences within `tolerance` of the threshold are not checked. Returns how many were checked.
+    """
     judged = 0
     for (row, position, layer), confidence in seen.items():
         depth = int(output.layers_run[row, position]) if position < output.layers_run.shape[1] else 0

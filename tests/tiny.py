@@ -1,4 +1,4 @@
-"""Tiny random T5s that do not repeat themselves, and inputs for them."""
+"""Tiny random T5 models with varied outputs, and inputs for them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from hf_earlyexit import EarlyExitConfig, EarlyExitT5Config, EarlyExitT5ForCondi
 
 VOCABULARY = 97
 NUM_LAYERS = 6
-# Ends that a random model runs into now and then, so that rows end at different steps.
+# End tokens that a random model generates occasionally, so that rows finish at different steps.
 ENDS = [3, 17, 29, 41, 53, 67]
 
 FAMILIES = {
@@ -49,7 +49,7 @@ def tiny_config(family: str = "tied", **changes) -> T5Config:
 
 
 def copied_models(models):
-    """What `copy.deepcopy` would return, in a sixth of the time, which it spends on dictionaries of hooks."""
+    """Like `copy.deepcopy` in a sixth of the time; most of its time goes to dictionaries of hooks."""
     roots = models if isinstance(models, tuple) else (models,)
     memo = {}
     for module in (module for root in roots for module in root.modules()):
@@ -70,10 +70,10 @@ def copied_models(models):
 
 
 def made_once(make):
-    """Decorator: models are made once per arguments, and every call gets a copy of its own, which it may change.
+    """Decorator: models are made once per arguments, and every call gets its own copy, which it may change.
 
-    To make a pair takes as long as to generate with it. `shared` is for callers that change nothing of what they get:
-    it gives all of them the same. The generator of random numbers is left as by making.
+    Making a pair takes as long as generating with it. `shared` returns the same models to all callers, for tests that
+    do not change them. The random number generator is left in the state after making.
     """
 
     @functools.lru_cache(maxsize=128)
@@ -86,7 +86,7 @@ def made_once(make):
         torch.set_rng_state(state)
         copies = copied_models(models)
         for one in copies if isinstance(copies, tuple) else (copies,):
-            one.to(one.dtype)  # with which making ends; it sets what a copy leaves out, that nothing is prepared
+            one.to(one.dtype)  # as at the end of making; sets the state that a copy lacks (no prepared weights)
         return copies
 
     copied.shared = lambda *args, **kwargs: keep(args, tuple(sorted(kwargs.items())))[0]
@@ -96,7 +96,7 @@ def made_once(make):
 @made_once
 @torch.no_grad()
 def tiny_stock(family: str = "tied", seed: int = 0, dtype=torch.float64, **changes) -> T5ForConditionalGeneration:
-    """A stock T5 whose source, position and depth all matter to what it says."""
+    """A stock T5 whose output depends on source, position and depth."""
     torch.manual_seed(seed)
     config = tiny_config(family, **changes)
     model = T5ForConditionalGeneration(config).eval()
@@ -113,7 +113,7 @@ def tiny_stock(family: str = "tied", seed: int = 0, dtype=torch.float64, **chang
 
 
 def with_exits(stock: T5ForConditionalGeneration, early_exit: EarlyExitConfig | None = None):
-    """The early-exit model with the very weights of a stock one."""
+    """The early-exit model with the same weights as a stock one."""
     values = stock.config.to_dict()
     for name in ("model_type", "architectures", "transformers_version"):
         values.pop(name, None)
@@ -143,7 +143,7 @@ def tiny_inputs(batch_size: int, seed: int = 0, longest: int = 11, device="cpu")
 
 
 def one_row(inputs: dict[str, torch.Tensor], row: int) -> dict[str, torch.Tensor]:
-    """A row of a padded batch as a batch of its own, without padding."""
+    """One row of a padded batch as its own batch, without padding."""
     length = int(inputs["attention_mask"][row].sum())
     return {name: tensor[row : row + 1, :length] for name, tensor in inputs.items()}
 
@@ -155,8 +155,10 @@ def noise_of(seed: int) -> torch.Tensor:
 
 
 class Unrest(LogitsProcessor):
-    """Adds noise that depends on the last token and the length alone, so that a random model does not repeat itself
-    and a row still says the same in any batch."""
+    """Adds noise that depends only on the last token and the length.
+
+    A random model then does not repeat itself, and a row still has the same output in any batch.
+    """
 
     def __init__(self, seed: int = 0, strength: float = 4.0):
         self.noise = strength * noise_of(seed)
@@ -171,15 +173,15 @@ def unrest(seed: int = 0) -> LogitsProcessorList:
 
 
 def stock_cache() -> EncoderDecoderCache:
-    """A stock cache that grows with the layers: the one a stock T5 with a deeper decoder can generate with."""
+    """A stock cache that grows with the layers, as a stock T5 with a deeper decoder needs."""
     return EncoderDecoderCache(DynamicCache(), DynamicCache())
 
 
 def cut_to(stock: T5ForConditionalGeneration, layers: int) -> T5ForConditionalGeneration:
-    """The stock model with its first `layers` decoder layers only, on the same weights."""
+    """The stock model with only its first `layers` decoder layers, sharing the weights."""
     config = T5Config(**{**stock.config.to_dict(), "num_decoder_layers": layers})
     config.scale_decoder_outputs = stock.config.scale_decoder_outputs
-    with torch.device("meta"):  # all that has weights is replaced
+    with torch.device("meta"):  # all modules with weights are replaced
         cut = T5ForConditionalGeneration(config)
     for name in ("shared", "encoder", "lm_head"):
         setattr(cut, name, getattr(stock, name))

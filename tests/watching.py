@@ -1,4 +1,4 @@
-"""Criteria that do what a test says, watch what they are asked, and count what runs."""
+"""Scripted and recording criteria, and counters of executed work."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ import numpy as np
 import torch
 
 from hf_earlyexit import ExitPoint
-from hf_earlyexit.run import ExitRun
-from hf_earlyexit.separating import separating_thresholds
+from hf_earlyexit.decoding.run import ExitRun
+from hf_earlyexit.exits.separating import separating_thresholds
 
 
 @dataclass(frozen=True)
 class Scripted:
-    """Leaves after the layer that `script(row, position)` names; with threshold 0.5."""
+    """Exits after the layer `script(row, position)`; use with threshold 0.5."""
 
     script: Callable[[int, int], int]
 
@@ -28,13 +28,13 @@ class Scripted:
 
 
 def pseudo_random_script(seed: int, num_layers: int) -> Callable[[int, int], int]:
-    """An exit layer for every row and position, all layers alike."""
+    """An exit layer for every row and position, uniform over the layers."""
     return lambda row, position: 1 + hash((seed, row * 7919, position * 104729, row ^ position)) % num_layers
 
 
 @dataclass(frozen=True)
 class Recording:
-    """Another criterion, and the confidences it gave."""
+    """Wraps another criterion and records its confidences."""
 
     criterion: object
     seen: dict[tuple[int, int, int], float] = field(default_factory=dict)
@@ -47,8 +47,11 @@ class Recording:
 
 
 def threshold_for(model, inputs, criterion, quantile: float = 0.6, **kwargs) -> float:
-    """A threshold that some tokens pass early, some late and some never: a quantile of what full depth shows, midway
-    between two confidences, so that rounding decides nothing."""
+    """A threshold that some tokens pass early, some late and some never.
+
+    It is a quantile of the confidences at threshold 1, midway between two of them, so that rounding cannot change an
+    exit.
+    """
     recording = Recording(criterion)
     model.generate(**inputs, exit_criterion=recording, exit_threshold=1.0, **kwargs)
     _, thresholds = separating_thresholds(np.sort(np.array(list(recording.seen.values()))))
@@ -57,10 +60,10 @@ def threshold_for(model, inputs, criterion, quantile: float = 0.6, **kwargs) -> 
 
 @contextmanager
 def counting(model):
-    """Counts, at the modules themselves, the rows x positions that run: by block, K projection and head.
+    """Counts, at the modules themselves, the rows x positions that run, by block, K projection and head.
 
-    A head with hooks is always called, so it is counted in its class. Rows of its weights that are scored for
-    candidates run through no module and are counted at the adapter.
+    A head with hooks is always called as a module, so the head is counted in its class. Rows of its weight that are
+    scored for candidates go through no module and are counted at the adapter.
     """
     counts = {"block": Counter(), "keys": Counter(), "head": Counter(), "candidates": Counter()}
     score_some = model.decoder_adapter.lm_head_rows
@@ -97,13 +100,16 @@ def counting(model):
 
 
 @contextmanager
-def watched_departures(model, candidates: int):
-    """Of every row that leaves at an exit point its layer, the best of its candidates there, chosen anew from what it
-    said where it was first asked in the step, and the best token of the whole vocabulary."""
-    departures, chosen, leavers = [], {}, ExitRun.leavers
+def watched_exits(model, candidates: int):
+    """Records, for every row that exits at an exit point, its layer, its best candidate and the best token there.
+
+    The candidates are recomputed from the logits at the row's first exit point of the step; the best token is taken
+    over the whole vocabulary.
+    """
+    departures, chosen, exiting = [], {}, ExitRun.exiting
 
     def watched(run: ExitRun, point: ExitPoint) -> list[int]:
-        leaving = leavers(run, point)
+        leaving = exiting(run, point)
         logits = model.lm_head(model.exit_head_input(point.layer, point.hidden))
         first = chosen.setdefault(len(run.steps), dict(zip(point.rows, logits.topk(candidates).indices)))
         for place in leaving:
@@ -112,5 +118,5 @@ def watched_departures(model, candidates: int):
             departures.append((point.layer, int(best), int(says)))
         return leaving
 
-    with mock.patch.object(ExitRun, "leavers", watched):
+    with mock.patch.object(ExitRun, "exiting", watched):
         yield departures

@@ -1,0 +1,1 @@
+"""Finding exit settings that keep a risk target, and testing the guarantee."""

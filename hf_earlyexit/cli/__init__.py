@@ -1,0 +1,1 @@
+"""The command line `hf-earlyexit`: one module per group of verbs. No other package prints."""

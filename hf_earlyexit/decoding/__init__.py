@@ -1,0 +1,1 @@
+"""One `generate` call: its settings, the walk through the layers, the KV cache, the token loop."""

@@ -1,0 +1,1 @@
+"""Evaluation of models on data: generated texts, quality metrics, oracle, time."""

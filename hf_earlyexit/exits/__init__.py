@@ -1,0 +1,1 @@
+"""Exits: configuration, criteria, thresholds and exit heads."""

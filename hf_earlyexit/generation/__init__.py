@@ -1,0 +1,1 @@
+"""`generate` with exits: the mixin, refusals, prepared copies of the weights, the certificate at run time."""

@@ -1,0 +1,1 @@
+"""Pages, figures, tables and model-card sections made from measured results."""

@@ -1,0 +1,1 @@
+"""Measurement and prediction of decoding time, and placement of exits."""

@@ -1,0 +1,1 @@
+"""Training and fitting exits: trainer, objectives, adapters, shortcuts, model cards."""
