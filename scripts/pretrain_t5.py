@@ -127,10 +127,10 @@ def main(argv: list[str] | None = None) -> None:
     )
     # T5 accepts `num_items_in_batch` but ignores it. Else Trainer would sum accumulated losses instead of averaging.
     trainer.model_accepts_loss_kwargs = False
-    seen = seen.plus(TRAINING, texts.sources)
+    checkpoint = get_last_checkpoint(str(folder)) if run.resume and folder.is_dir() else None
+    seen = seen.with_those_of(checkpoint).plus(TRAINING, texts.sources)
     seen.name_in(model.config)
     trainer.add_callback(SavesSeenInputs(seen))
-    checkpoint = get_last_checkpoint(str(folder)) if run.resume and folder.is_dir() else None
     metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
     metrics |= {"validation_inputs": len(examples), **trainer.evaluate()}
     trainer.save_state()
@@ -171,7 +171,7 @@ def check_shape(shape: ShapeArguments) -> None:
 
 
 def check_run(run: RunArguments, shape: ShapeArguments, training: Seq2SeqTrainingArguments) -> None:
-    """Refuse empty segments, two optimizers, and shape arguments together with `--start_from`."""
+    """Refuse empty spans, two optimizers, and shape arguments together with `--start_from`."""
     if run.scaled_steps and training.optim != Seq2SeqTrainingArguments.optim:
         raise ValueError(
             f"--optim {training.optim.value} does not go with --scaled_steps, which is one: leave it out."
@@ -213,15 +213,15 @@ def known_tokenizer(folder: Path) -> PreTrainedTokenizerFast | None:
 def denoising_pairs(
     pairs: Iterable[tuple[str, str]], prefix: str, length: int, seed: int
 ) -> Iterator[tuple[str, str]]:
-    """Training pairs that restore segments of inputs from which words were deleted.
+    """Training pairs that restore spans of inputs from which words were deleted.
 
     This is BART's token deletion (arXiv 1910.13461), applied to words. Summary targets have only a few tokens and
-    teach little about reading. The fewer words a segment has, the sooner a model learns to find and copy one.
+    teach little about reading. The fewer words a span has, the sooner a model learns to find and copy one.
 
     Args:
         pairs: Inputs, with `prefix`, and targets.
         prefix: Removed from the inputs.
-        length: Words of a segment.
+        length: Words of a span.
         seed: Of the deletions.
     """
     random = Random(seed)

@@ -14,7 +14,15 @@ from datasets import Dataset, load_dataset
 from tqdm import tqdm
 from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_earlyexit.common.data import Example, column_pairs, group_by_input, read_examples, read_file, text_columns
+from hf_earlyexit.common.data import (
+    Example,
+    column_pairs,
+    group_by_input,
+    group_labels,
+    read_examples,
+    read_file,
+    text_columns,
+)
 from hf_earlyexit.common.failures import reading
 from hf_earlyexit.common.partition import OPEN, PARTS, SALT, SHARES, Partition, check_parts
 from hf_earlyexit.common.tables import READERS, Table, suffix_of
@@ -85,17 +93,20 @@ class Texts:
     Attributes:
         train: Inputs and targets.
         validation: Distinct inputs, in random order.
-        left_out: Number of training rows left out because their inputs are validation inputs of unread parts.
+        left_out: Number of training rows left out because their inputs, or groups, are in unread parts of validation.
+        groups: Units of the training rows: groups, or else inputs.
     """
 
     train: list[tuple[str, str]]
     validation: list[Example]
     left_out: int
+    groups: set[str]
 
     @property
     def sources(self) -> list[str]:
-        """All inputs that are read."""
-        return [*(source for source, _ in self.train), *(one.source for one in self.validation)]
+        """All inputs that are read, and the groups that they belong to."""
+        validation = (text for one in self.validation for text in (one.source, one.unit))
+        return [*(source for source, _ in self.train), *sorted(self.groups), *validation]
 
 
 def read_texts(arguments: DataArguments) -> Texts:
@@ -109,18 +120,25 @@ def read_texts(arguments: DataArguments) -> Texts:
     train, validation = read_rows(arguments)
     examples = examples_of(validation, arguments)
     read = partition.keep(examples, arguments.validation_parts)
-    kept_for_tests = {one.source for one in examples} - {one.source for one in read}
+    kept_for_tests = {text for one in examples for text in (one.source, one.unit)}
+    kept_for_tests -= {text for one in read for text in (one.source, one.unit)}
     pairs = pairs_of(train, arguments)
-    trained = [pair for pair in pairs if pair[0] not in kept_for_tests]
+    units = [pair[0] for pair in pairs] if arguments.group_by is None else groups_of(train, arguments)
+    rows = [
+        (pair, unit)
+        for pair, unit in zip(pairs, units, strict=True)
+        if pair[0] not in kept_for_tests and unit not in kept_for_tests
+    ]
+    trained, groups = [pair for pair, _ in rows], {unit for _, unit in rows}
     if pairs and not trained:
         raise ValueError("All training inputs are validation inputs of parts that are not read: give others.")
     if left_out := len(pairs) - len(trained):
         print(
-            f"{left_out} of {len(pairs)} training rows are left out: their inputs are validation inputs outside of "
-            f"--validation_parts {' '.join(arguments.validation_parts)}.",
+            f"{left_out} of {len(pairs)} training rows are left out: their inputs or groups are in validation "
+            f"outside of --validation_parts {' '.join(arguments.validation_parts)}.",
             file=sys.stderr,
         )
-    return Texts(trained, partition.in_order(read, arguments.max_validation_inputs), left_out)
+    return Texts(trained, partition.in_order(read, arguments.max_validation_inputs), left_out, groups)
 
 
 def partition_of(arguments: DataArguments) -> Partition:
@@ -148,6 +166,17 @@ def examples_of(dataset: Table | Dataset, arguments: DataArguments) -> list[Exam
         return group_by_input(pairs_of(dataset, arguments))
     columns = text_columns(dataset.column_names, arguments.source_column, arguments.target_column)
     return read_examples(dataset, *columns, prefix=arguments.prefix, group_by=arguments.group_by)
+
+
+def groups_of(dataset: Table | Dataset, arguments: DataArguments) -> list[str]:
+    """The group of every row, with the prefix, as `read_examples` names units.
+
+    Raises:
+        ValueError: The rows have no such column, so nothing shows which of them belong to a unit kept for tests.
+    """
+    if arguments.group_by not in dataset.column_names:
+        raise ValueError(f"--group_by {arguments.group_by}: the training rows have no such column.")
+    return [arguments.prefix + label for label in group_labels(dataset, arguments.group_by)]
 
 
 def split_files(folder: Path) -> list[Path] | None:

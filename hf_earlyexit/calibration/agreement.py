@@ -20,11 +20,12 @@ from hf_earlyexit.calibration.risk_target import RiskTarget
 from hf_earlyexit.common.data import Example, data_fingerprint, short_hash
 from hf_earlyexit.common.journal import Journal
 from hf_earlyexit.decoding.candidates import Candidate, curve_candidates, full_depth
+from hf_earlyexit.decoding.settings import ExitSettings
 from hf_earlyexit.evaluation.generate_texts import TextGenerator
 from hf_earlyexit.families.t5.modeling import EarlyExitT5ForConditionalGeneration
-from hf_earlyexit.generation.certificate import Certificate, versions
+from hf_earlyexit.generation.certificate import Certificate, plain, versions
 from hf_earlyexit.generation.certified import certified_config, uncertified
-from hf_earlyexit.generation.fingerprint import weights_fingerprint
+from hf_earlyexit.generation.fingerprint import tokenizer_fingerprint, weights_fingerprint
 from hf_earlyexit.generation.implementations import check_implementations, on_implementation
 
 
@@ -129,7 +130,7 @@ def add_implementations(
         names: Implementations to add; those the certificate has are measured again.
         batch_size: The batch size of later calls, with which the added implementations are measured.
         writing_batch_size: The batch size with which the first implementation was measured.
-        path: A journal, with which an interrupted run resumes. Certificates of the same inputs can share it.
+        path: A journal, with which an interrupted run resumes.
 
     Raises:
         ValueError: The model, the loss or the inputs are not the certificate's, it is a certificate of batches, or its
@@ -143,7 +144,16 @@ def add_implementations(
     own, bare = [by_hash[one] for one in known], uncertified(model)
     bare.generation_config = certified_config(bare.generation_config, certificate)
     cut = certificate.data["max_source_tokens"]
-    like = TextGenerator(bare, tokenizer, max_source_tokens=cut, journal=Journal(path, _asked(certificate, own)))
+    settings = ExitSettings.merge(certificate.setting, None, None)
+    conditions = bare.conditions_of(settings, {}) | {"batch_size": None}
+    if different := certificate.differences(conditions):
+        raise ValueError(f"The model is not as certified: {', '.join(different)}. Load it as it was calibrated.")
+    asked = _asked(certificate, own) | {
+        "conditions": plain(conditions),
+        "setting": plain(certificate.setting),
+        "tokenizer": tokenizer_fingerprint(tokenizer),
+    }
+    like = TextGenerator(bare, tokenizer, max_source_tokens=cut, journal=Journal(path, asked))
     writer = writers_on(bare, ways[:1], writing_batch_size, like)[ways[0]]
     others = writers_on(bare, ways[1:], batch_size, like)
     table = record_losses(writer, own, _candidates(certificate, _passing(certificate)), loss, "calibrate")

@@ -84,10 +84,10 @@ class Ledger:
             if (folder / FILE).is_file():
                 self._add(_read(folder / FILE))
 
-    def add(self, attempt: Attempt) -> None:
-        """Record an attempt. The files of the folders that exist are written before this returns."""
+    def add(self, *attempts: Attempt) -> None:
+        """Record attempts. The files of the folders that exist are written before this returns."""
         self.read()
-        self._add([attempt])
+        self._add(attempts)
         self.write()
 
     def write(self) -> None:

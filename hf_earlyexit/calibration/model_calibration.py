@@ -106,6 +106,7 @@ class _Calibrator:
 
     def __init__(self, model, tokenizer, examples, promise: RiskTarget, use: DeploymentSettings, search: Search, path):
         self.model, self.promise, self.use, self.search = uncertified(model), promise, use, search
+        self.earlier_certificate = model.exit_certificate
         self.tokenizer = tokenizer
         require("scipy.stats", "calibrate")  # here too, to fail before hours of generation
         refuse_training_mode(model)
@@ -139,6 +140,7 @@ class _Calibrator:
         tables = {"select": self._table("select", self.candidates)}
         costs = self._costs("select", self.candidates)
         chains = self._chains(tables["select"], costs)
+        attempts = self._attempts_before(ledger, [[one.name for one in chain] for chain in chains])
         tables["calibrate"] = self._table("calibrate", [one for chain in chains for one in chain])
         if tables["calibrate"].candidates:
             self._refuse_degenerate("calibrate")
@@ -151,7 +153,6 @@ class _Calibrator:
         rows = [row for chain, result in zip(chains, tested, strict=True) for row in _rows(chain, result, costs)]
         report = self._report(tables["report"], chosen) if "report" in tables else None
         certificate = self._certificate(chosen, reason, rows, report, data_name)
-        attempts = self._attempts_before(ledger, [[one.name for one in chain] for chain in chains])
         return ModelCalibration(replace(certificate, attempts=attempts), tables)
 
     # --- checks -----------------------------------------------------------------------------------------------------
@@ -344,7 +345,11 @@ class _Calibrator:
         )
 
     def _attempts_before(self, ledger: Ledger | None, tested: list[list[str]]) -> int | None:
-        """The number of earlier certificates that use inputs of this calibrate part; records this one with them."""
+        """The number of earlier certificates that use inputs of this calibrate part; records this one with them.
+
+        Called before any text of the calibrate part is generated: a run that is cut off later has been an attempt. The
+        model's own certificate counts too, with those that it counts, unless this question was recorded before.
+        """
         question = {
             "promise": {**self.promise.described(), **self.promise.recorded()},
             "tested": tested,
@@ -360,8 +365,13 @@ class _Calibrator:
         if (key := f"{ATTEMPT}{this.question}") not in self.journal:
             self.journal.add(key, asdict(this))
         if ledger is not None:
-            ledger.add(this)
-        return None if ledger is None and self.journal.path is None else this.earlier(known)
+            ledger.add(*known, this)
+        own = self.earlier_certificate
+        known_of_model = 0
+        if this not in known and own is not None and {*own.split["hashes"]["calibrate"]} & {*this.inputs}:
+            known_of_model = 1 + (own.attempts or 0)
+        recorded = ledger is not None or self.journal.path is not None
+        return max(this.earlier(known), known_of_model) if recorded or known_of_model else None
 
     def _examples(self) -> list[Example]:
         return [one for part in self.parts.values() for one in part]

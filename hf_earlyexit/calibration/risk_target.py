@@ -22,7 +22,7 @@ class RiskTarget:
         target: In units of the loss: 0.02 of `"rougeL_drop"` is 2 points.
         loss: A name in `losses.LOSSES`, or an object with its attributes.
         delta: The probability, over the draw of the calibration inputs, that the guarantee fails.
-        method: `"ltt"`, `"ucb"` or `"crc"`, as for `calibration.calibrate`.
+        method: `"ltt"`, `"ucb"` or `"crc"`, as for `risk_control.calibrate`.
         bound: `"wsr"`, `"hb"`, `"clopper_pearson"` or `"hoeffding"`, likewise.
 
     Raises:

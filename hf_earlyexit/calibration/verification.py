@@ -22,9 +22,9 @@ from hf_earlyexit.decoding.settings import ExitSettings
 from hf_earlyexit.evaluation.generate_texts import TextGenerator
 from hf_earlyexit.evaluation.intervals import mean_interval
 from hf_earlyexit.families.t5.modeling import EarlyExitT5ForConditionalGeneration
-from hf_earlyexit.generation.certificate import Certificate, versions
+from hf_earlyexit.generation.certificate import Certificate, plain, versions
 from hf_earlyexit.generation.certified import certified_config, uncertified
-from hf_earlyexit.generation.fingerprint import weights_fingerprint
+from hf_earlyexit.generation.fingerprint import tokenizer_fingerprint, weights_fingerprint
 from hf_earlyexit.generation.implementations import implementation_of
 
 
@@ -107,6 +107,7 @@ def verify_certificate(
     if len(new) < max(1, rows or 1):
         raise ValueError(f"`examples` has {len(new)} inputs that the certificate has not seen: give other ones.")
     weights, bare = weights_fingerprint(model), uncertified(model)
+    settings = ExitSettings.merge(certificate.setting, None, None)
     bare.generation_config = certified_config(bare.generation_config, certificate)
     writer = TextGenerator(
         bare,
@@ -114,7 +115,15 @@ def verify_certificate(
         batch_size=rows or batch_size,
         max_source_tokens=certificate.data["max_source_tokens"],
         journal=Journal(
-            path, {**_asked(certificate, new, rows or batch_size), "weights": weights, "versions": versions()}
+            path,
+            {
+                **_asked(certificate, new, rows or batch_size),
+                "conditions": plain(bare.conditions_of(settings, {})),
+                "implementation": implementation_of(bare, bare.generation_config),
+                "tokenizer": tokenizer_fingerprint(tokenizer),
+                "weights": weights,
+                "versions": versions(),
+            },
         ),
     )
     candidate = Candidate(certificate.name, None, certificate.setting)

@@ -31,7 +31,10 @@ def add_data_arguments(parser) -> None:
         "--prefix", type=text_of, default="", metavar="TEXT", help="put before each input, such as 'summarize: '"
     )
     parser.add_argument(
-        "--max-inputs", type=positive, metavar="N", help="distinct inputs at most, drawn by a hash (all)"
+        "--max-inputs",
+        type=positive,
+        metavar="N",
+        help="distinct inputs at most, drawn by a hash (all); in the mean with --group-by: groups stay whole",
     )
 
 
@@ -59,7 +62,7 @@ def add_part_argument(parser) -> None:
         nargs="+",
         choices=PART_NAMES,
         default=("explore", "select"),
-        help="the parts that are read (explore select); what is chosen by others cannot be tested on them",
+        help="the parts that are read (explore select); what is chosen by others must not be tested on them",
     )
 
 

@@ -284,6 +284,9 @@ def tune(arguments: argparse.Namespace) -> int:
     check_speed_arguments(arguments)
     if arguments.model and not arguments.exits:
         raise ValueError("--exits is needed: record them with `hf-earlyexit generate --output-file`")
+    for name in ("prefix", "group_by"):
+        if getattr(arguments, name) is not None and not arguments.exits:
+            raise ValueError(f"--{name.replace('_', '-')} goes with --exits: the shipped exits name their inputs")
     from hf_earlyexit.families.shipped import CHECKPOINT
     from hf_earlyexit.speed.recorded_exits import read_exits
     from hf_earlyexit.speed.tuning import tune
@@ -313,7 +316,8 @@ def unit_of_record(record: dict[str, Any], arguments: argparse.Namespace) -> str
     """The unit of a record in the partition: its input with the prefix, or its group, as in the other verbs.
 
     Raises:
-        ValueError: The record lacks the group's field, or was recorded with another prefix than `--prefix`.
+        ValueError: The record lacks the group's field, was recorded with another prefix than `--prefix`, or has an
+            input that begins with the prefix already.
     """
     known, column = record.get(PREFIX, ""), arguments.group_by
     if arguments.prefix is not None and PREFIX in record and arguments.prefix != known:
@@ -321,6 +325,8 @@ def unit_of_record(record: dict[str, Any], arguments: argparse.Namespace) -> str
     if column is not None and record.get(column) in (None, ""):
         raise ValueError(f"--group-by {column}: a record of --exits has no such field, but {sorted(record)}")
     prefix = known if arguments.prefix is None else arguments.prefix
+    if column is None and prefix and PREFIX not in record and record["input"].startswith(prefix):
+        raise ValueError(f"--prefix {prefix!r}: inputs of --exits begin with it already: leave it out")
     return f"{prefix}{record['input'] if column is None else record[column]}"
 
 

@@ -115,7 +115,7 @@ def read_examples(
     if group_by is None:
         groups = _refuse_duplicates([text for text, _ in pairs])
     else:  # with the prefix: rows grouped by their input give the same units as without groups
-        groups = [prefix + label for label in _group_labels(dataset, group_by)]
+        groups = [prefix + label for label in group_labels(dataset, group_by)]
     references: dict[str, list[str]] = {}
     group_of: dict[str, str] = {}
     for (text, reference), group in zip(pairs, groups, strict=True):
@@ -136,7 +136,7 @@ def units_have_several(examples: Sequence[Example]) -> bool:
     return len({one.unit for one in examples}) < len({one.source for one in examples})
 
 
-def _group_labels(dataset: Table | Dataset, column: str) -> list[str]:
+def group_labels(dataset: Table | Dataset, column: str) -> list[str]:
     labels = list(dataset[column])
     if missing := [row for row, label in enumerate(labels) if label is None or label == ""]:
         place = _place(dataset, missing[0])

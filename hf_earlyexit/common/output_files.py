@@ -16,11 +16,13 @@ from typing import IO
 
 
 PARTIAL = ".partial"
+CERTIFICATE = "exit_certificate.json"
+WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json")
 # Files of a model folder that are read. Others there, such as results of an evaluation, may be overwritten.
 OF_A_MODEL = (
-    *("*config*.json", "*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.pt", "*.pth"),
+    *("*config*.json", *WEIGHTS, "*.pt", "*.pth"),
     *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges*", "*.model", "*.py"),
-    *("exit_certificate.json", "exit_certificates.jsonl", "exit_seen_inputs.json"),
+    *(CERTIFICATE, "exit_certificates.jsonl", "exit_seen_inputs.json"),
     *("exits.json", "chat_template*", "README.md"),
 )
 
@@ -53,8 +55,10 @@ def written_beside(path: str | Path, mode: str = "w", **how) -> Iterator[IO]:
 def folder_written_whole(folder: str | Path) -> Iterator[Path]:
     """Yield a new folder to write into; its files move to `folder` when all are written.
 
-    The new folder lies inside `folder`, whose parent may be on another disk or read-only. Other files in `folder`
-    stay. Leftovers of an earlier run that was cut off are removed.
+    The new folder lies inside `folder`, whose parent may be on another disk or read-only. Leftovers of an earlier run
+    that was cut off are removed. A certificate in `folder` is removed first and the new one is moved last, so that no
+    certificate lies beside other weights if the process is killed in between. Weights of an earlier model that the new
+    files do not replace are removed: loading could prefer them. Other files in `folder` stay.
     """
     place = Path(folder)
     partial = place / PARTIAL
@@ -62,12 +66,20 @@ def folder_written_whole(folder: str | Path) -> Iterator[Path]:
         shutil.rmtree(partial)
     partial.mkdir(parents=True)
     yield partial
-    for root, _, names in os.walk(partial):
-        target = place / Path(root).relative_to(partial)
-        target.mkdir(exist_ok=True)
-        for name in names:
-            os.replace(Path(root, name), target / name)
+    (place / CERTIFICATE).unlink(missing_ok=True)
+    new = [Path(root, name).relative_to(partial) for root, _, names in os.walk(partial) for name in names]
+    if any(_is_weights(file) for file in new):
+        for file in place.iterdir():
+            if _is_weights(file) and Path(file.name) not in new:
+                file.unlink()
+    for file in sorted(new, key=lambda one: one.name == CERTIFICATE):
+        (place / file).parent.mkdir(parents=True, exist_ok=True)
+        os.replace(partial / file, place / file)
     shutil.rmtree(partial)
+
+
+def _is_weights(file: Path) -> bool:
+    return any(fnmatch(file.name, pattern) for pattern in WEIGHTS)
 
 
 def write_text(path: str | Path, text: str) -> None:

@@ -88,15 +88,15 @@ class Partition:
 
         Args:
             examples: The inputs, in any order.
-            at_most: Maximum number of inputs. Units are taken whole; one that does not fit is skipped.
+            at_most: Maximum number of inputs. Units are taken whole, so where they have several inputs this is the
+                mean: the number of units is `at_most` over the mean inputs per unit, and at least 1. It depends on no
+                unit's own size, since leaving out large units would bias what is measured on the others.
         """
         ordered = sorted(examples, key=lambda one: (self._digest("order", one.unit), self._digest("in", one.source)))
-        taken: list[Example] = []
-        for _, members in groupby(ordered, key=lambda example: example.unit):
-            unit = list(members)
-            if at_most is None or len(taken) + len(unit) <= at_most:
-                taken += unit
-        return taken
+        units = [list(members) for _, members in groupby(ordered, key=lambda example: example.unit)]
+        if at_most is not None and len(ordered) > at_most:
+            units = units[: max(1, at_most * len(units) // len(ordered))]
+        return [example for unit in units for example in unit]
 
     def described(self) -> dict[str, Any]:
         """Salt and shares as plain values, for certificates, journals and results."""

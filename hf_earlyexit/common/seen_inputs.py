@@ -40,7 +40,7 @@ class SeenInputs:
         return any(self.by.values())
 
     def plus(self, by: str, sources: Iterable[str]) -> SeenInputs:
-        """Add inputs. The texts include the prefix that the model reads."""
+        """Add inputs, and groups (`Example.unit`). The texts include the prefix that the model reads."""
         return SeenInputs({**self.by, by: self.by.get(by, frozenset()) | {hash_of_input(one) for one in sources}})
 
     def with_criteria(self, criteria: Iterable[Any]) -> SeenInputs:
@@ -48,8 +48,19 @@ class SeenInputs:
         known = (one[FITTED_ON] for one in criteria if isinstance(one, Mapping) and FITTED_ON in one)
         return SeenInputs({**self.by, CRITERIA: self.by.get(CRITERIA, frozenset()).union(*known)})
 
+    def with_those_of(self, checkpoint: str | Path | None) -> SeenInputs:
+        """Add the inputs recorded with a checkpoint that training resumes from; None: there is none.
+
+        Raises:
+            ValueError: The checkpoint's file is not such a file.
+        """
+        if checkpoint is None or not (Path(checkpoint) / FILE).is_file():
+            return self
+        found = SeenInputs.load(Path(checkpoint) / FILE).by
+        return SeenInputs({by: self.by.get(by, frozenset()) | found.get(by, frozenset()) for by in {*self.by, *found}})
+
     def refuse(self, examples: Iterable[Example], what: str) -> None:
-        """Refuse to test on inputs that were used for fitting.
+        """Refuse to test on inputs that were used for fitting, or whose group was.
 
         Args:
             examples: Inputs of the test.
@@ -58,9 +69,9 @@ class SeenInputs:
         Raises:
             ValueError: Some inputs were used for fitting; the message gives their number.
         """
-        hashes = {short_hash(one) for one in examples}
-        found = {by: len(hashes & known) for by, known in self.by.items() if hashes & known}
-        if found:
+        hashes = {(short_hash(one), hash_of_input(one.unit)) for one in examples}
+        counts = {by: sum(not known.isdisjoint(one) for one in hashes) for by, known in self.by.items()}
+        if found := {by: count for by, count in counts.items() if count}:
             counts = ", ".join(f"{count} by {by}" for by, count in found.items())
             raise ValueError(
                 f"The checkpoint has seen inputs of {what} before ({counts}, of {len(hashes)}), so they cannot show "

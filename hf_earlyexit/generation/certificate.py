@@ -201,6 +201,8 @@ class Certificate:
         found = ""
         if self.partition is None:
             found += " The inputs were split without a salt, so what was looked at before may be among them."
+        if self.attempts is None:
+            found += " Whether earlier certificates were tested on these calibration inputs was not recorded."
         if self.attempts:
             times = "an earlier certificate was" if self.attempts == 1 else f"{self.attempts} earlier ones were"
             found += (

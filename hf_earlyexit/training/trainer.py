@@ -15,7 +15,7 @@ import transformers
 from huggingface_hub import ModelCardData
 from torch import nn
 from transformers import Seq2SeqTrainingArguments, TrainerCallback
-from transformers.trainer_utils import TrainOutput
+from transformers.trainer_utils import TrainOutput, get_last_checkpoint
 
 from hf_earlyexit.decoding.settings import ExitSettings
 from hf_earlyexit.families.t5.modeling import EarlyExitT5ForConditionalGeneration
@@ -78,15 +78,21 @@ class EarlyExitTrainer(TextTrainer):
         self._dropout = LayerDropout()
         self.add_callback(_AroundTraining(self))
 
-    def train(self, *args, **kwargs) -> TrainOutput:
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs) -> TrainOutput:
         """As the library's; the returned metrics include full depth before and after.
+
+        Inputs that a checkpoint records as seen count as seen by the model that resumes from it.
 
         Raises:
             ValueError: Nothing is left to train: all parameters that the objective trains are frozen.
         """
+        resumed = resume_from_checkpoint or None
+        if resumed is True:
+            resumed = get_last_checkpoint(self.args.output_dir)
+        self.model.seen_inputs = self.model.seen_inputs.with_those_of(resumed)
         blocks = self.model.decoder.block
         with only_moving(self.model, self.objective.moves) as self._resting, layer_dropout(blocks) as self._dropout:
-            output = super().train(*args, **kwargs)
+            output = super().train(resume_from_checkpoint, *args, **kwargs)
         after = self.evaluate(metric_key_prefix=AFTER, exits=True)
         return output._replace(metrics={**output.metrics, **self.measured(BEFORE), **after})
 

@@ -24,6 +24,7 @@ from hf_earlyexit.evaluation.generate_texts import TextGenerator
 from hf_earlyexit.families.shipped import default_examples, load_default
 from hf_earlyexit.families.t5.prepared import PreparedT5Decoder
 from hf_earlyexit.generation.certificate import FILE, Certificate, CertificateWarning
+from hf_earlyexit.generation.fingerprint import weights_fingerprint
 from hf_earlyexit.kernels.compiling import CompileOptions
 from tests.certificates import certificate_for
 from tests.parts import drawn
@@ -310,6 +311,17 @@ def test_ways_are_added_as_if_calibrated_with_them(shipped, examples, plain, goe
     assert added.implementations == both.implementations and added.agreement == both.agreement
     assert_same_tables(added, both)
     assert added.risk == pytest.approx(both.risk) and not model.is_prepared
+    with pytest.raises(
+        ValueError, match="another run: conditions, setting differ"
+    ):  # texts of one are not the other's
+        threshold = {"exit_threshold": 0.99}
+        other = replace(plain, setting=plain.setting | threshold, generation=plain.generation | threshold)
+        add_implementations(other, *shipped, examples, LOSS, ["prepared"], path=tmp_path / "journal")
+    double = copy.deepcopy(model).double()
+    with pytest.raises(ValueError, match="The model is not as certified: dtype"):
+        add_implementations(
+            replace(plain, weights=weights_fingerprint(double)), double, *shipped[1:], examples, LOSS, []
+        )
     with pytest.raises(ValueError, match="`implementations` must be some of .* each once"):
         add_implementations(added, *shipped, examples, LOSS, ["prepared"])
     with pytest.raises(ValueError, match="lacks inputs of the certificate's calibrate part"):

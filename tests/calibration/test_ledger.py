@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -239,7 +240,14 @@ def attempts_are_counted(tmp_path) -> None:
 
     assert [made(target, path=journal).attempts for target in targets] == [0, 1, 0]
     assert made(0.7, path=journal, ledger=Ledger(folder)).attempts == 2
-    assert made(0.7, ledger=Ledger(folder)).attempts == 0, "as far as this folder knows"
+    assert made(0.7, ledger=Ledger(folder)).attempts == 2, "the folder was told what the journal knew"
+    held = made(0.7, path=tmp_path / "another")
+    assert held.attempts == 0, "as far as this journal knows"
+    model.exit_certificate = held
+    assert made(0.6).attempts == 1, "the model's own certificate is known without ledger and journal"
+    model.exit_certificate = replace(model.exit_certificate, attempts=4)
+    assert made(0.6, path=tmp_path / "a third").attempts == 5, "with those that it counts"
+    model.exit_certificate = None
     assert made(0.9, replace(SEARCH, starts=2), path=journal).attempts == 3, "other starts are another test"
     text = replace(made(0.8, path=journal)).in_words()
     assert "inputs, or some of them, an earlier certificate was tested, which the confidence does not" in text
@@ -248,6 +256,23 @@ def attempts_are_counted(tmp_path) -> None:
 @pytest.mark.once
 def test_attempts_are_counted(tmp_path):
     attempts_are_counted(tmp_path)
+
+
+@pytest.mark.once
+def test_a_run_that_is_cut_off_before_its_result_is_an_attempt(tmp_path, monkeypatch):
+    (model, tokenizer), given = load_default(), examples()
+    cut_off = partial(calibrate_model, model, tokenizer, given, RiskTarget(0.9), USE, SEARCH, ledger=Ledger(tmp_path))
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(model_calibration._Calibrator, "_refuse_degenerate", interrupt)
+        cut_off()
+    assert len(Ledger(tmp_path).attempts) == 1
+    assert cut_off().certificate.attempts == 0, "the same question again is the same test"
+    other = calibrate_model(model, tokenizer, given, RiskTarget(0.8), USE, SEARCH, ledger=Ledger(tmp_path))
+    assert other.certificate.attempts == 1
+
+
+def interrupt(*args):
+    raise KeyboardInterrupt
 
 
 @pytest.mark.once

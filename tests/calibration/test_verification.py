@@ -52,6 +52,14 @@ def test_verification_is_of_new_inputs_only(shipped, examples, found):
         )
 
 
+def test_texts_of_another_dtype_are_not_taken_from_the_journal(shipped, examples, found, tmp_path):
+    path, loss = tmp_path / "journal", LOSSES["text_distance"]
+    verify_certificate(*shipped, examples, loss, found.certificate, path=path)
+    half = copy.deepcopy(shipped[0]).bfloat16()
+    with pytest.raises(ValueError, match="entries of another run: conditions"):
+        verify_certificate(half, shipped[1], examples, loss, found.certificate, path=path)
+
+
 def test_a_promise_that_does_not_hold_is_refuted(shipped, examples, found):
     false = replace(found.certificate, target=0.01, weights="0" * 64)
     checked = verify_certificate(*shipped, examples, LOSSES["text_distance"], false)

@@ -18,7 +18,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, Seq2SeqTrainer,
 from hf_earlyexit.calibration.accuracy_fit import fit_exit_accuracy
 from hf_earlyexit.cli import speed as cli_speed
 from hf_earlyexit.cli.main import build_parser, main
+from hf_earlyexit.common.data import Example
 from hf_earlyexit.common.partition import OPEN, PARTS, Partition
+from hf_earlyexit.common.seen_inputs import SeenInputs
 from hf_earlyexit.evaluation.generate_texts import TextGenerator
 from hf_earlyexit.evaluation.grid import Grid
 from hf_earlyexit.evaluation.model_evaluation import evaluate_model
@@ -202,6 +204,20 @@ def test_records_say_what_was_put_before_their_inputs(tmp_path, monkeypatch):
     assert main(["tune", *said, "--prefix", "summarize: "]) == 2
 
 
+def test_a_prefix_is_not_put_before_inputs_that_have_it(tmp_path, capsys):
+    """It would draw other parts: the shipped exits, and records that do not say their prefix."""
+    assert main(["tune", "--prefix", "describe: "]) == main(["tune", "--group-by", "id"]) == 2
+    file = tmp_path / "recorded.jsonl"
+    recorded_in(file)
+    records = map(json.loads, file.read_text().splitlines())
+    lines = [json.dumps(one | {"input": f"describe: {one['input']}"}) for one in records]
+    file.write_text("\n".join(lines))
+    assert main(["tune", "--exits", str(file), "--prefix", "describe: "]) == 2
+    errors = capsys.readouterr().err.splitlines()
+    assert "--prefix goes with --exits" in errors[0] and "--group-by goes with --exits" in errors[1]
+    assert "inputs of --exits begin with it already" in errors[2]
+
+
 def test_records_are_read_with_their_group(tmp_path, monkeypatch, capsys):
     group = next(name for name in map(str, range(99)) if Partition().part_of(f"describe: {name}") == "select")
     other = next(name for name in map(str, range(99)) if Partition().part_of(f"describe: {name}") == "calibrate")
@@ -222,12 +238,36 @@ def read_texts(**options):
         return read_texts(DataArguments(**options))
 
 
+def test_training_rows_of_a_group_that_is_kept_for_tests_are_left_out(tmp_path):
+    """Other inputs of the group are in training; the group and the inputs are recorded as seen."""
+    names = {part: next(name for name in map(str, range(99)) if Partition().part_of(name) == part) for part in PARTS}
+    (tmp_path / "train.csv").write_text("text,target,topic\n" + "".join(f"new {p},x,{n}\n" for p, n in names.items()))
+    (tmp_path / "validation.csv").write_text(
+        "text,target,topic\n" + "".join(f"old {p},x,{n}\n" for p, n in names.items())
+    )
+    given = {"train_file": str(tmp_path / "train.csv"), "validation_file": str(tmp_path / "validation.csv")}
+    given |= {"source_column": "text", "target_column": "target"}
+    texts = read_texts(**given, group_by="topic")
+    assert [source for source, _ in texts.train] == [f"new {part}" for part in OPEN] and texts.left_out == 2
+    assert len(read_texts(**given).train) == 4, "without groups nothing shows that they belong together"
+    seen = SeenInputs().plus("training", texts.sources)
+    with pytest.raises(ValueError, match="1 by training, of 1"):
+        seen.refuse([Example("another input", (), names["select"])], "the test")
+    seen.refuse([Example("another input", (), names["calibrate"])], "the test")
+    (tmp_path / "train.csv").write_text("text,target\nnew,x\n")
+    with pytest.raises(ValueError, match="--group_by topic: the training rows have no such column"):
+        read_texts(**given, group_by="topic")
+
+
 def test_training_rows_that_are_kept_for_tests_are_left_out_and_counted(folder, capsys):
     given = {"train_file": str(folder / "train.csv"), "validation_file": str(folder / "validation.csv")}
     texts = read_texts(**given)
     assert texts.left_out == 6 and len(texts.train) == 7 and len(texts.validation) == 6
     assert {PART_OF.get(source, "select") for source in texts.sources} == {*OPEN}
-    assert "6 of 13 training rows are left out: their inputs are validation inputs outside" in capsys.readouterr().err
+    assert (
+        "6 of 13 training rows are left out: their inputs or groups are in validation outside"
+        in capsys.readouterr().err
+    )
     assert read_texts(**given, validation_parts=list(PARTS)).left_out == 0 and not capsys.readouterr().err
     assert len(read_texts(**given, max_validation_inputs=2).validation) == 2
     with pytest.raises(ValueError, match="All training inputs are validation inputs of parts that are not read"):

@@ -150,6 +150,34 @@ def test_a_folder_takes_its_place_when_it_is_whole(tmp_path):
     assert [*(tmp_path / "an/other").iterdir()] == [tmp_path / "an/other/config.json"]
 
 
+def test_a_certificate_never_lies_beside_other_weights(tmp_path, monkeypatch):
+    """At every moment of moving files; weights of an earlier model are removed, since loading could prefer them."""
+    place, moments = tmp_path / "place", []
+    place.mkdir()
+    for name in ("exit_certificate.json", "model.safetensors", "config.json", "results.json"):
+        (place / name).write_text("old")
+    replace = os.replace
+
+    def watched(one, other):
+        replace(one, other)
+        found = {file.name: file.read_text() for file in place.iterdir() if file.is_file()}
+        moments.append(found)
+
+    monkeypatch.setattr(os, "replace", watched)
+    with folder_written_whole(place) as folder:
+        for name in ("exit_certificate.json", "model-1-of-2.safetensors", "model-2-of-2.safetensors", "config.json"):
+            (folder / name).write_text("new")
+    assert len(moments) == 4
+    assert all("exit_certificate.json" not in found for found in moments[:-1])
+    assert moments[-1] == {
+        "exit_certificate.json": "new",
+        "model-1-of-2.safetensors": "new",
+        "model-2-of-2.safetensors": "new",
+        "config.json": "new",
+        "results.json": "old",
+    }
+
+
 def test_a_run_that_was_cut_off_leaves_the_old_output(texts, monkeypatch, capsys):
     monkeypatch.setattr("hf_earlyexit.cli.generate.Tally.summary", lambda self: "done")
     monkeypatch.setattr("hf_earlyexit.cli.generate.load", lambda arguments: (_Model(), None))

@@ -58,6 +58,19 @@ def test_units_are_taken_whole():
     assert len(taken) == 9 and len({one.unit for one in taken}) == 3
 
 
+def test_large_units_are_as_likely_as_small_ones():
+    """Which units are taken depends on their order and number alone; leaving out those that do not fit would not."""
+    sizes = [300 if number % 10 == 0 else 1 for number in range(200)]
+    examples = [Example(f"{unit}: {one}", (), str(unit)) for unit, size in enumerate(sizes) for one in range(size)]
+    alone = [Example(f"{unit}", (), str(unit)) for unit in range(200)]
+    for at_most in (1, 62, 620, 3100, 6180, 10_000):
+        taken = list(dict.fromkeys(one.unit for one in Partition().in_order(examples, at_most)))
+        count = min(200, max(1, at_most * 200 // len(examples)))
+        assert taken == [one.unit for one in Partition().in_order(alone)][:count]
+    shares = [sum(one.unit.endswith("0") for one in Partition(str(salt)).in_order(alone, 20)) for salt in range(50)]
+    assert abs(sum(shares) / 50 - 2) < 4 * math.sqrt(20 * 0.1 * 0.9 / 50)
+
+
 def test_another_salt_is_another_partition():
     one, other = Partition(), Partition("another")
     both = [example for example in one.keep(MANY, ["calibrate"]) if other.part_of(example.unit) == "calibrate"]

@@ -353,7 +353,10 @@ def test_words(model):
     certificate = replace(
         model.exit_certificate,
         report={"n": 80, "mean": 0.02, "low": 0.01, "high": 0.03, "mean_layers": 4.5, "cost": 0.7},
+        attempts=0,
     )
+    unrecorded = replace(certificate, attempts=None).in_words().removeprefix(certificate.in_words())
+    assert unrecorded == " Whether earlier certificates were tested on these calibration inputs was not recorded."
     assert certificate.in_words() == (
         "With 90 % confidence over the draw of 100 calibration inputs, the mean distance on inputs like these is at "
         "most 0.1 with softmax 0.5. On these it was 0.01; it costs 0.60 of stock's time, batch 1, measured on the "

@@ -11,10 +11,11 @@ from torch import nn
 from transformers import GenerationConfig, TrainerCallback
 
 from hf_earlyexit import EarlyExitConfig, EarlyExitT5ForConditionalGeneration
+from hf_earlyexit.common.data import hash_of_input
 from hf_earlyexit.training.objectives import ExitClassifiers, MultiExit
 from hf_earlyexit.training.trainer import EarlyExitTrainer
 from tests import laws
-from tests.tiny import tiny_inputs, tiny_stock
+from tests.tiny import tiny_inputs, tiny_pair, tiny_stock
 from tests.training.trainers import OBJECTIVES, arguments, collate, losses, make_trainer, moved, rows, state_of, tiny
 
 
@@ -294,3 +295,18 @@ def test_nothing_left_to_train_is_refused(tmp_path):
 def test_an_objective_needs_labels():
     with pytest.raises(ValueError, match="exit_objective.*labels"):
         tiny()(input_ids=torch.ones(1, 3, dtype=torch.long), exit_objective=MultiExit().token_losses)
+
+
+def test_what_a_checkpoint_has_seen_counts_after_resuming(tmp_path):
+    """The data may be others by then."""
+    model = tiny_pair("tied", 0, torch.float32)[1]
+    model.record_seen("training", ["first"])
+    make_trainer(model, tmp_path, max_steps=1, save_strategy="steps", save_steps=1).train()
+    for resumed in (True, str(tmp_path / "checkpoint-1")):
+        again = tiny_pair("tied", 0, torch.float32)[1]
+        again.record_seen("training", ["second"])
+        make_trainer(again, tmp_path, max_steps=1).train(resume_from_checkpoint=resumed)
+        assert again.seen_inputs.by == {"training": {hash_of_input("first"), hash_of_input("second")}}
+    fresh = tiny_pair("tied", 0, torch.float32)[1]
+    make_trainer(fresh, tmp_path / "fresh", max_steps=1).train()
+    assert not fresh.seen_inputs
