@@ -140,7 +140,7 @@ class _Calibrator:
         tables = {"select": self._table("select", self.candidates)}
         costs = self._costs("select", self.candidates)
         chains = self._chains(tables["select"], costs)
-        attempts = self._attempts_before(ledger, [[one.name for one in chain] for chain in chains])
+        attempts = self._record_attempt(ledger, [[one.name for one in chain] for chain in chains])
         tables["calibrate"] = self._table("calibrate", [one for chain in chains for one in chain])
         if tables["calibrate"].candidates:
             self._refuse_degenerate("calibrate")
@@ -344,8 +344,8 @@ class _Calibrator:
             partition=self.search.partition.described(),
         )
 
-    def _attempts_before(self, ledger: Ledger | None, tested: list[list[str]]) -> int | None:
-        """The number of earlier certificates that use inputs of this calibrate part; records this one with them.
+    def _record_attempt(self, ledger: Ledger | None, tested: list[list[str]]) -> int | None:
+        """Record this attempt; returns how many earlier certificates use inputs of this calibrate part.
 
         Called before any text of the calibrate part is generated: a run that is cut off later has been an attempt. The
         model's own certificate counts too, with those that it counts, unless this question was recorded before.
@@ -366,12 +366,16 @@ class _Calibrator:
             self.journal.add(key, asdict(this))
         if ledger is not None:
             ledger.add(*known, this)
-        own = self.earlier_certificate
-        known_of_model = 0
-        if this not in known and own is not None and {*own.split["hashes"]["calibrate"]} & {*this.inputs}:
-            known_of_model = 1 + (own.attempts or 0)
+        of_model = 0 if this in known else self._attempts_of_model(this)
         recorded = ledger is not None or self.journal.path is not None
-        return max(this.earlier(known), known_of_model) if recorded or known_of_model else None
+        return max(this.earlier(known), of_model) if recorded or of_model else None
+
+    def _attempts_of_model(self, this: Attempt) -> int:
+        """The model's own certificate and those that it counts, if it was tested on any of the same inputs."""
+        own = self.earlier_certificate
+        if own is None or not {*own.split["hashes"]["calibrate"]} & {*this.inputs}:
+            return 0
+        return 1 + (own.attempts or 0)
 
     def _examples(self) -> list[Example]:
         return [one for part in self.parts.values() for one in part]

@@ -107,7 +107,6 @@ def verify_certificate(
     if len(new) < max(1, rows or 1):
         raise ValueError(f"`examples` has {len(new)} inputs that the certificate has not seen: give other ones.")
     weights, bare = weights_fingerprint(model), uncertified(model)
-    settings = ExitSettings.merge(certificate.setting, None, None)
     bare.generation_config = certified_config(bare.generation_config, certificate)
     writer = TextGenerator(
         bare,
@@ -118,7 +117,7 @@ def verify_certificate(
             path,
             {
                 **_asked(certificate, new, rows or batch_size),
-                "conditions": plain(bare.conditions_of(settings, {})),
+                "conditions": plain(_conditions(bare, certificate)),
                 "implementation": implementation_of(bare, bare.generation_config),
                 "tokenizer": tokenizer_fingerprint(tokenizer),
                 "weights": weights,
@@ -168,11 +167,15 @@ def _p_value_of_the_promise(losses: np.ndarray, certificate: Certificate) -> flo
     return float(p_values_of(gains[order, None], unit_target, bound="wsr", delta=LEVEL)[0])
 
 
+def _conditions(bare: EarlyExitT5ForConditionalGeneration, certificate: Certificate) -> dict[str, Any]:
+    """The conditions of a call of the model with the certified setting and batch size."""
+    settings = ExitSettings.merge(certificate.setting, None, None)
+    return bare.conditions_of(settings, {}) | {"batch_size": certificate.generation["batch_size"]}
+
+
 def _differences(bare: EarlyExitT5ForConditionalGeneration, certificate: Certificate, weights: str) -> list[str]:
     """What differs from the certified state, although the setting and the decoding are the certified ones."""
-    settings = ExitSettings.merge(certificate.setting, None, None)
-    rows = {"batch_size": certificate.generation["batch_size"]}
-    found = certificate.differences(bare.conditions_of(settings, {}) | rows) if certificate.certified else []
+    found = certificate.differences(_conditions(bare, certificate)) if certificate.certified else []
     if certificate.certified:  # length 0: inputs are truncated as certified
         found += certificate.uncovered(implementation_of(bare, bare.generation_config), 0)
     return found + (["weights"] if weights != certificate.weights else [])

@@ -99,7 +99,9 @@ def add_exit_settings(parser, criterion: str, threshold: str, layers: str) -> No
         help="with softmax, max_prob, entropy or patience: tokens scored after the first exit point (the vocabulary)",
     )
     parser.add_argument("--batch-exit", metavar="RULE", help="row, batch or batch_joint (row)")
-    parser.add_argument("--fill", metavar="WHEN", help="keys and values of skipped layers: lazy or eager (lazy)")
+    parser.add_argument(
+        "--fill", metavar="WHEN", help="missing keys and values: lazy or eager (eager with CUDA graphs, else lazy)"
+    )
 
 
 def positive(text: str) -> int:

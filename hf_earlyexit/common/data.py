@@ -137,6 +137,11 @@ def units_have_several(examples: Sequence[Example]) -> bool:
 
 
 def group_labels(dataset: Table | Dataset, column: str) -> list[str]:
+    """The value of `column` in every row, as text.
+
+    Raises:
+        ValueError: A row has none.
+    """
     labels = list(dataset[column])
     if missing := [row for row, label in enumerate(labels) if label is None or label == ""]:
         place = _place(dataset, missing[0])

@@ -16,13 +16,13 @@ from typing import IO
 
 
 PARTIAL = ".partial"
-CERTIFICATE = "exit_certificate.json"
+CERTIFICATE_FILE = "exit_certificate.json"
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json")
 # Files of a model folder that are read. Others there, such as results of an evaluation, may be overwritten.
 OF_A_MODEL = (
     *("*config*.json", *WEIGHTS, "*.pt", "*.pth"),
     *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges*", "*.model", "*.py"),
-    *(CERTIFICATE, "exit_certificates.jsonl", "exit_seen_inputs.json"),
+    *(CERTIFICATE_FILE, "exit_certificates.jsonl", "exit_seen_inputs.json"),
     *("exits.json", "chat_template*", "README.md"),
 )
 
@@ -66,13 +66,13 @@ def folder_written_whole(folder: str | Path) -> Iterator[Path]:
         shutil.rmtree(partial)
     partial.mkdir(parents=True)
     yield partial
-    (place / CERTIFICATE).unlink(missing_ok=True)
+    (place / CERTIFICATE_FILE).unlink(missing_ok=True)
     new = [Path(root, name).relative_to(partial) for root, _, names in os.walk(partial) for name in names]
     if any(_is_weights(file) for file in new):
         for file in place.iterdir():
             if _is_weights(file) and Path(file.name) not in new:
                 file.unlink()
-    for file in sorted(new, key=lambda one: one.name == CERTIFICATE):
+    for file in sorted(new, key=lambda one: one.name == CERTIFICATE_FILE):
         (place / file).parent.mkdir(parents=True, exist_ok=True)
         os.replace(partial / file, place / file)
     shutil.rmtree(partial)

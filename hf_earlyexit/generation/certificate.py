@@ -21,7 +21,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from hf_earlyexit.common.data import Example, short_hash
 from hf_earlyexit.common.json_text import read_json
 from hf_earlyexit.common.library import usual_generation_values
-from hf_earlyexit.common.output_files import write_text
+from hf_earlyexit.common.output_files import CERTIFICATE_FILE, write_text
 from hf_earlyexit.common.version import __version__
 from hf_earlyexit.decoding.settings import CERTIFICATE, ExitSettings
 from hf_earlyexit.exits.accuracy_thresholds import ExitAccuracy
@@ -29,7 +29,7 @@ from hf_earlyexit.exits.criteria import SCHEDULES
 from hf_earlyexit.generation.implementations import PLAIN
 
 
-FILE = "exit_certificate.json"
+FILE = CERTIFICATE_FILE
 FORMAT = 1
 LONGEST_SHOWN = 200  # characters of a value in a message
 # Fields that older files lack; their defaults claim the least.
